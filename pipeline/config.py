@@ -1,0 +1,238 @@
+"""The configuration of a run: complete, validated when built, and the same thing as a recipe."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Role = Literal["shared", "gate", "norm", "rest"]
+Positive = Field(gt=0)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, the value and the cure."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Augmentation(_Section):
+    """What is done to images; one description that both readers follow."""
+
+    crop: Literal["none", "pad", "random_resized"] = "none"
+    size: int = Field(32, gt=0, description="height and width of the network's input, pixels")
+    padding: int = Field(4, ge=0, description="zero padding on each side for crop=pad, pixels")
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+    photometric: bool = False
+    eval_resize: int | None = Field(None, gt=0, description="pixels, before the centre crop")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Augmentation:
+        if self.eval_resize is not None and self.eval_resize < self.size:
+            raise ValueError(
+                f"eval_resize={self.eval_resize} is smaller than the centre crop size={self.size}: "
+                f"give eval_resize >= {self.size}"
+            )
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name}=({low}, {high}) must be 0 < low <= high")
+        return self
+
+
+class Data(_Section):
+    path: Path = Field(description="folder of a prepared shard set")
+    reader: Literal["dali", "torch"] = "dali"
+    workers: int = Field(2, ge=0, description="decoding threads or processes per rank")
+    eval_batch_size: int = Field(256, gt=0, description="per rank")
+    augment: Augmentation = Augmentation()
+
+
+class ParameterGroup(_Section):
+    """How the parameters of one role differ from the rest."""
+
+    lr_factor: float = Field(1.0, gt=0)
+    weight_decay: float | None = Field(None, ge=0, description="None: as the optimizer's")
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(None, gt=0, description="global L2 norm of the gradient")
+    groups: dict[Role, ParameterGroup] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Optimizer:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov=true needs name=sgd and momentum > 0")
+        return self
+
+
+class Schedule(_Section):
+    """Factor on every group's learning rate as a function of the progress, in epochs."""
+
+    name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    warmup_epochs: float = Field(0.0, ge=0, description="linear, from zero")
+    milestones: tuple[float, ...] = Field((), description="epochs, for step")
+    gamma: float = Field(0.1, gt=0, description="factor at each milestone, for step")
+    peak: float = Field(0.3, gt=0, lt=1, description="fraction of training, for one_cycle")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if (self.name == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones={list(self.milestones)} with name={self.name}: "
+                "name=step needs milestones, the others take none"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones={list(self.milestones)} must increase")
+        if self.name == "one_cycle" and self.warmup_epochs:
+            raise ValueError("one_cycle warms up by itself: set warmup_epochs=0")
+        return self
+
+
+class Loss(_Section):
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    execution_rate: float = Field(1.0, ge=0, description="weight of DRNN Eq. 12")
+
+
+class Train(_Section):
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
+    accumulation: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1] = 0
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    evaluate_every: int = Field(1, gt=0, description="epochs")
+
+
+class Checkpoints(_Section):
+    every_steps: int | None = Field(None, gt=0)
+    every_minutes: float | None = Field(10.0, gt=0)
+    keep_last: int = Field(2, gt=0, description="the best is kept besides")
+
+
+class Config(_Section):
+    """Everything that decides a run. Its YAML form is a recipe."""
+
+    name: str = Field(description="recipe's name, also the MLflow run's")
+    model: str
+    model_options: dict[str, Any] = {}
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    loss: Loss = Loss()
+    train: Train
+    checkpoints: Checkpoints = Checkpoints()
+    experiment: str = "reprise"
+    seed: int = Field(0, ge=0)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """One level, keys joined with dots, as trackers and overrides name them."""
+        return _flatten(self.model_dump(mode="json"))
+
+
+def build(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A configuration from nested values and `key.path=value` overrides.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is suggested), a wrong type or value.
+    """
+    merged = _copy(values)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """A configuration from a YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no configuration: give `key: value` lines")
+    return build(values, overrides)
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems on one line, each with the key and the cure."""
+    parts = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {key!r}{_nearest(problem['loc'])}")
+        elif problem["type"] == "missing":
+            parts.append(f"{key} is missing: give {key}=VALUE")
+        else:
+            where = f"{key}={problem['input']!r}: " if _is_plain(problem["input"]) else f"{key}: "
+            parts.append(where + problem["msg"].removeprefix("Value error, "))
+    return "; ".join(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+    valid = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), valid, n=1)
+    prefix = "".join(f"{part}." for part in location[:-1])
+    if close:
+        return f": did you mean {prefix + close[0]!r}?"
+    return f"; valid here: {', '.join(prefix + name for name in valid)}"
