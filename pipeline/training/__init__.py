@@ -1,0 +1,1 @@
+"""Training: the loop, the engine beneath it, and what they optimise."""

@@ -1,0 +1,67 @@
+"""Parameter groups by role, and the optimizer over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from pipeline.config import ConfigError, Optimizer, Role
+from pipeline.models import Network
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one role and how they train."""
+
+    role: str
+    names: tuple[str, ...]
+    parameters: int
+    lr: float
+    weight_decay: float
+
+
+def groups(model: Network, config: Optimizer) -> list[Group]:
+    """One group for each role that the model has, in the order of `Role`.
+
+    Raises:
+        ConfigError: the configuration selects a role of which the model has no parameter.
+    """
+    roles = model.roles()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    present = [role for role in get_args(Role) if role in roles.values()]
+    for role in config.groups:
+        if role not in present:
+            raise ConfigError(
+                f"optimizer.groups.{role} selects no parameter of this network; "
+                f"roles it has: {', '.join(present)}: remove that group"
+            )
+    found = []
+    for role in present:
+        names = tuple(name for name, its in roles.items() if its == role)
+        own = config.groups.get(role)
+        decay = own.weight_decay if own and own.weight_decay is not None else config.weight_decay
+        lr = config.lr * (own.lr_factor if own else 1.0)
+        found.append(Group(role, names, sum(sizes[name] for name in names), lr, decay))
+    return found
+
+
+def build(model: Network, config: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer; each group of its `param_groups` has its role under `name`."""
+    parameters = dict(model.named_parameters())
+    described: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "name": group.role,
+        }
+        for group in groups(model, config)
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            described, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(described, lr=config.lr, betas=config.betas)
