@@ -1,0 +1,265 @@
+"""The training process's side of tracking."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pipeline.tracking import journal
+from pipeline.tracking.journal import Identity, Journal, Record, Sent
+
+BUSY = 3
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+log = logging.getLogger(__name__)
+
+
+def store_uri(folder: Path | None = None) -> str:
+    """The store in use: MLFLOW_TRACKING_URI, else a sqlite file in `folder` (the working folder).
+
+    Raises ValueError for an address that cannot be used.
+    """
+    folder = folder or Path.cwd()
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return _checked(given, folder) if given else f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+
+
+def _checked(uri: str, folder: Path) -> str:
+    """The address, a sqlite path made absolute."""
+    parts = urlsplit(uri)
+    if parts.password:
+        raise ValueError(
+            f"tracking address with a password in it (host {parts.hostname}): it would be written "
+            "to disk; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
+    if uri.startswith("sqlite:///") and len(uri) > len("sqlite:///"):
+        return f"sqlite:///{(folder / uri.removeprefix('sqlite:///')).resolve()}"
+    if parts.scheme in ("http", "https") and parts.hostname:
+        return uri
+    raise ValueError(
+        f"tracking address {uri!r} cannot be used: give sqlite:///FILE or http(s)://HOST:PORT"
+    )
+
+
+def ui_command(uri: str, port: int = 5000) -> list[str] | None:
+    """Arguments that start MLflow's page on a sqlite store; None where `uri` is a server already.
+
+    The page listens on the loopback interface only.
+    """
+    if not uri.startswith("sqlite:///"):
+        return None
+    artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--artifacts-destination", artifacts, "--host", "127.0.0.1"]
+    return [*command, "--port", str(port), "--workers", "1"]
+
+
+class Tracker:
+    """What one run tells MLflow. Only rank 0 constructs it."""
+
+    def __init__(
+        self, run_dir: Path, *, run_name: str, experiment: str, uri: str | None = None
+    ) -> None:
+        """Opens the run directory's journal; nothing is sent and nothing is imported yet.
+
+        `uri` None takes the run directory's recorded address, else `store_uri()`. Another address
+        than the recorded one sends the whole journal there. Raises ValueError for an address that
+        cannot be used.
+        """
+        self._run_dir = run_dir.resolve()
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        identity = Identity.load(self._run_dir)
+        if identity is None:
+            address = _checked(uri, Path.cwd()) if uri else store_uri()
+            identity = Identity(address, experiment, run_name, uuid.uuid4().hex)
+            identity.save(self._run_dir)
+        elif uri and _checked(uri, Path.cwd()) != identity.uri:
+            identity = replace(identity, uri=_checked(uri, Path.cwd()), run_id=None)
+            identity.save(self._run_dir)
+        self._identity = identity
+        self._params: dict[str, str] = {}
+        self._steps: defaultdict[str, set[int]] = defaultdict(set)
+        self._process: subprocess.Popen[bytes] | None = None
+        path = self._run_dir / journal.JOURNAL
+        self._journal = Journal(path)
+        for record, _ in journal.read(path):
+            self._remember(record or {})
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id; None until the sender has reached the store once."""
+        if self._identity.run_id is None:
+            self._identity = Identity.load(self._run_dir) or self._identity
+        return self._identity.run_id
+
+    def start(self) -> None:
+        """Begins to send in the background; returns at once, whatever the server does."""
+        if self._process is None:
+            self._process = _spawn(self._run_dir, training=True)
+
+    def params(self, values: Mapping[str, str | int | float | bool | None]) -> None:
+        """Records parameters, which MLflow never changes: the first value of each name is kept."""
+        texts = {name: str(value) for name, value in values.items()}
+        for name, text in texts.items():
+            if self._params.get(name, text) != text:
+                log.warning(
+                    "parameter %s is %s now; the tracked run keeps its first value, %s",
+                    name,
+                    text,
+                    self._params[name],
+                )
+        new = {name: text for name, text in texts.items() if name not in self._params}
+        if new:
+            self._append({"params": new})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Records one point per name. A point that the journal has already is left out.
+
+        A resumed run repeats the steps since its checkpoint; they must not appear twice.
+        """
+        new = {
+            name: float(value) for name, value in values.items() if step not in self._steps[name]
+        }
+        if new:
+            self._append({"metrics": new, "step": step})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Records tags; a later value replaces an earlier one."""
+        self._append({"tags": dict(values)})
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Records that the file belongs to the run; logged again, it replaces the earlier one.
+
+        It is read when it is sent: leave it where it is. Raises FileNotFoundError.
+        """
+        path = path.resolve()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not a file: an artifact must exist when it is named"
+            )
+        if path.is_relative_to(self._run_dir):
+            # A run directory may be moved; its files move with it.
+            path = path.relative_to(self._run_dir)
+        self._append({"artifact": str(path), "folder": folder})
+
+    def finish(self, status: Status, timeout: float = 20.0) -> bool:
+        """Sends what is left within `timeout` seconds and gives the MLflow run its end.
+
+        Returns False, after saying how much and the cure, where something is left for later.
+        """
+        self._append({"status": status})
+        self._journal.close()
+        done = _end(self._run_dir, self._process or _spawn(self._run_dir, training=False), timeout)
+        self._process = None
+        return done
+
+    def state_dict(self) -> dict[str, str | None]:
+        """Which MLflow run this is, for a checkpoint."""
+        return {"mlflow_run_id": self.run_id, "uid": self._identity.uid}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Checks that the checkpoint is of this run; the run directory says which run it is."""
+        if state["uid"] != self._identity.uid:
+            log.warning(
+                "the checkpoint was tracked as MLflow run %s, this run directory is %s: it goes on "
+                "as the latter",
+                state["mlflow_run_id"],
+                self.run_id,
+            )
+
+    def _append(self, record: Record) -> None:
+        try:
+            self._journal.append(record)
+        except OSError as error:
+            log.error("not tracked: %s of %s", error, record)
+            return
+        self._remember(record)
+
+    def _remember(self, record: Record) -> None:
+        for name in record.get("metrics", {}):
+            self._steps[name].add(record["step"])
+        for name, text in record.get("params", {}).items():
+            self._params.setdefault(name, text)
+
+
+def history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric as (step, value) in the order of steps, from the journals alone."""
+    points: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for name in journal.JOURNALS:
+        for record, _ in journal.read(run_dir / name):
+            for key, value in (record or {}).get("metrics", {}).items():
+                points[key].append((record["step"], value))
+    return {key: sorted(values, key=lambda point: point[0]) for key, values in points.items()}
+
+
+def replay(run_dir: Path, timeout: float = 60.0) -> bool:
+    """Sends what the journal of a run that is over still holds; True where nothing is left."""
+    run_dir = run_dir.resolve()
+    if Identity.load(run_dir) is None or (Sent.load(run_dir).closed and not _left(run_dir)):
+        return True
+    return _end(run_dir, _spawn(run_dir, training=False), timeout)
+
+
+def _left(run_dir: Path) -> int:
+    """Records that were not sent yet."""
+    sent = Sent.load(run_dir)
+    return sum(
+        1 for name in journal.JOURNALS for _ in journal.read(run_dir / name, sent.offsets[name])
+    )
+
+
+def _spawn(run_dir: Path, training: bool) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "pipeline.tracking.sender", str(run_dir)]
+    if training:
+        command.append(str(os.getpid()))
+    # MLflow's own defaults would let one call to a dead server last four minutes.
+    environment = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+    }
+    with (run_dir / journal.LOG).open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in the terminal is for the training process
+        )
+
+
+def _end(run_dir: Path, process: "subprocess.Popen[bytes]", timeout: float) -> bool:
+    """Asks the sender to end and waits for it, then ends it; says what is left."""
+    until = time.monotonic() + timeout
+    assert process.stdin is not None
+    try:
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    try:
+        code = process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if code in (0, BUSY):
+        return True
+    log.warning(
+        "%d records of %s are not at %s yet: start the run again or call `reprise ui` to send "
+        "them (%s says why)",
+        _left(run_dir),
+        run_dir,
+        getattr(Identity.load(run_dir), "uri", "MLflow"),
+        run_dir / journal.LOG,
+    )
+    return False
