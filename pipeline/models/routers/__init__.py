@@ -1,0 +1,7 @@
+"""Routers: who takes part in a step of a recursion."""
+
+from pipeline.models.routers.base import Router
+from pipeline.models.routers.fixed import FixedRouter
+from pipeline.models.routers.gate import Gate
+
+__all__ = ["FixedRouter", "Gate", "Router"]

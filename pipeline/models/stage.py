@@ -1,0 +1,142 @@
+"""The recursive stage: the one structure that the networks of all four papers are made of.
+
+    cell x steps x norm bank x router x sharing
+
+A *cell* F is applied again and again for a number of *steps*, x <- F(x). Its *norm bank* gives each
+step its own statistics, its *router* says which samples take part in a step, and *sharing* says
+which steps have the same weights:
+
+| network                        | cell            | steps | norm bank      | router     | sharing |
+|--------------------------------|-----------------|-------|----------------|------------|---------|
+| static ResNet                  | any             | 1     | per step       | fixed      | none    |
+| DRNN, naive recursive          | basic           | N     | shared         | fixed      | raw     |
+| DRNN, LVBN                     | basic           | N     | per step       | fixed      | raw     |
+| DRNN, dynamic recursive        | basic           | N     | gated per step | gate       | raw     |
+| recurrent convolution          | pre-activation  | N     | per path       | sampled    | raw     |
+| relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
+| ReSet                          | residual branch | N     | per step       | controller | pool    |
+
+(The lower three rows say where those papers fit; the upper four are built.)
+
+`RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
+steps. `Stage` is a run of them at one resolution; without sharing, it is a run of cells that are
+used once, so a static network is this same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.norms import GatedPerStepNorm, Step
+from pipeline.models.routers import Router
+
+
+class CellRoute(NamedTuple):
+    """Which samples executed which steps of one recursive cell.
+
+    `cell` is the dotted module name in the network. `weights` (N, steps), float32, is the weight of
+    F(x) in each step: exactly 0 or 1, with the router's gradient. `executed` (N, steps), bool, is
+    the same without gradient. `target` is the t of DRNN Eq. 12: step i (from 1) should be executed
+    by t^i of the samples; None where nothing is aimed at.
+    """
+
+    cell: str
+    weights: Tensor
+    executed: Tensor
+    target: float | None
+
+
+class RecursiveCell(nn.Module):
+    """One cell, unrolled: x^{i+1} = G F(x^i) + (1 - G) x^i for i = 0 .. steps-1 (DRNN Eq. 7).
+
+    F is the whole cell, its shortcut and last activation included. A sample that the router sends
+    out of the loop stays out: G at step i is the product of the router's answers up to i.
+
+    Raises:
+        ValueError: a norm bank that separates skipped samples, with a router that skips none.
+    """
+
+    def __init__(self, name: str, cell: nn.Module, *, steps: int, router: Router) -> None:
+        super().__init__()
+        gated_norm = any(isinstance(module, GatedPerStepNorm) for module in cell.modules())
+        if gated_norm and not router.decides:
+            raise ValueError(
+                "norm='gated_per_step' needs a router that skips samples, and the fixed router "
+                "skips none: use norm='per_step', or a network with gates (dr_*)"
+            )
+        self.name = name
+        self.cell = cell
+        self.steps = steps
+        self.router = router
+
+    @property
+    def is_static(self) -> bool:
+        """Used exactly once by every sample: an ordinary cell, about which there is no route."""
+        return self.steps == 1 and not self.router.decides
+
+    def forward(self, x: Tensor) -> tuple[Tensor, CellRoute | None]:
+        """(N, C, H, W) -> output of the last step, and who executed what."""
+        if self.router.decides and not self.training:
+            x, weights = self.skipping(x)
+        else:
+            x, weights = self.masked(x)
+        if self.is_static:
+            return x, None
+        return x, CellRoute(self.name, weights, weights.detach() > 0, self.router.target)
+
+    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute every sample at every step, then mask: (N, C, H, W) -> output, G (N, steps).
+
+        The gradient of G needs F(x) of the skipped samples too (Sec. 3.4), and all ranks of a
+        distributed run must use the same parameters.
+        """
+        inside = torch.ones(len(x), device=x.device)
+        weights = []
+        for index in range(self.steps):
+            gate = self.router(x)
+            if gate is None:
+                x = self.cell(x, Step(index))  # Eq. 1
+            else:
+                inside = inside * gate
+                update = self.cell(x, Step(index, executed=inside.detach() > 0))
+                weight = inside.to(x.dtype)[:, None, None, None]
+                x = torch.lerp(x, update, weight)  # Eq. 7; lerp is exact at 0 and 1
+            weights.append(inside)
+        return x, torch.stack(weights, 1)
+
+    def skipping(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `masked`, but a sample that has left the loop is not computed any more."""
+        weights = torch.zeros(len(x), self.steps, device=x.device)
+        inside = torch.arange(len(x), device=x.device)
+        for index in range(self.steps):
+            current = x if len(inside) == len(x) else x[inside]
+            stays = self.router(current) > 0
+            inside = inside[stays]
+            if len(inside) == 0:
+                break
+            weights[inside, index] = 1
+            if len(inside) == len(x):
+                x = self.cell(x, Step(index))
+            else:
+                x = x.index_copy(0, inside, self.cell(current[stays], Step(index)))
+        return x, weights
+
+
+class Stage(nn.ModuleList):
+    """Recursive cells in sequence, at one resolution after the first."""
+
+    def __init__(self, cells: Iterable[RecursiveCell]) -> None:
+        super().__init__(cells)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[CellRoute, ...]]:
+        """(N, C, H, W) -> output and the routes of the cells that have one, in order."""
+        routes = []
+        for cell in self:
+            x, route = cell(x)
+            if route is not None:
+                routes.append(route)
+        return x, tuple(routes)
