@@ -1,0 +1,221 @@
+"""What a shard set is: classes, counts, hashes and how it was prepared.
+
+The manifest is written last, so a folder that has one holds a finished set. Nothing in it changes
+from one run to the next: it has no time stamps and no absolute paths.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+REJECTED_NAME = "rejected.jsonl"
+SCHEMA_VERSION = 1
+TRAIN = "train"
+
+_CURE = "prepare the set again with `reprise prep ...`"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of samples and its DALI index; both names are relative to the set's root."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named part of the set; ``counts[i]`` is the number of samples of class id ``i``."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished shard set.
+
+    ``classes`` gives the name of each class id. ``image_size`` is (min height, max height, min
+    width, max width) in pixels over all accepted images. ``channel_mean`` and ``channel_std`` are
+    those of the train split's pixels in RGB, in 0..1. ``found = accepted + rejected`` images, and
+    the rejected ones stand with their reasons in ``rejected.jsonl``. ``settings`` holds all that
+    decides the bytes, ``tools`` the versions that wrote them.
+    """
+
+    root: Path = field(compare=False)
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    image_size: tuple[int, int, int, int]
+    channel_mean: tuple[float, float, float]
+    channel_std: tuple[float, float, float]
+    found: int
+    accepted: int
+    rejected: int
+    settings: dict[str, Any]
+    tools: dict[str, str]
+
+    @property
+    def class_map_sha256(self) -> str:
+        """Identity of the id -> name list: two sets with the same hash mean the same by a label."""
+        text = json.dumps(list(self.classes), ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def train(self) -> Split:
+        if TRAIN not in self.splits:
+            raise ValueError(
+                f"{self.root} has no split {TRAIN!r}, only {_listed(self.splits)}: "
+                f"prepare a source that has one"
+            )
+        return self.splits[TRAIN]
+
+    @property
+    def evaluation(self) -> Split:
+        """The one split that is not for training."""
+        others = [split for name, split in self.splits.items() if name != TRAIN]
+        if len(others) != 1:
+            raise ValueError(
+                f"{self.root} has the splits {_listed(self.splits)} and not exactly one besides "
+                f"{TRAIN!r}: name the split to evaluate on"
+            )
+        return others[0]
+
+    @classmethod
+    def load(cls, root: Path) -> "Manifest":
+        """Read the manifest of the set at ``root``.
+
+        Raises FileNotFoundError where there is none and ValueError where it is damaged, of another
+        schema version, or disagrees with itself.
+        """
+        root = Path(root)
+        path = root / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{root} holds no {MANIFEST_NAME}, so no finished shard set: {_CURE}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): {_CURE}") from None
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): {_CURE}") from None
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema version {version!r}, this release reads {SCHEMA_VERSION}: "
+                f"{_CURE}"
+            )
+        try:
+            manifest = _from_content(root, content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): {_CURE}") from None
+        problem = manifest.inconsistency()
+        if content.get("class_map_sha256") != manifest.class_map_sha256:
+            problem = "class_map_sha256 is not the hash of its classes"
+        if problem:
+            raise ValueError(f"{path} contradicts itself: {problem}: {_CURE}")
+        return manifest
+
+    def save(self) -> None:
+        """Write the manifest into ``root``: aside, fsync, rename. Equal manifests, equal bytes."""
+        content = asdict(self)
+        del content["root"]
+        content["schema_version"] = SCHEMA_VERSION
+        content["class_map_sha256"] = self.class_map_sha256
+        text = json.dumps(content, sort_keys=True, indent=1) + "\n"
+        write_atomically(self.root / MANIFEST_NAME, text.encode())
+
+    def inconsistency(self) -> str | None:
+        """The first contradiction between the manifest's own numbers, or None."""
+        if len(set(self.classes)) != len(self.classes):
+            return "a class name occurs twice"
+        for key, split in self.splits.items():
+            if key != split.name:
+                return f"split {key!r} calls itself {split.name!r}"
+            if len(split.counts) != len(self.classes):
+                return f"split {key!r} counts {len(split.counts)} classes of {len(self.classes)}"
+            if sum(split.counts) != split.samples:
+                return (
+                    f"split {key!r} counts {sum(split.counts)} samples by class and "
+                    f"{split.samples} by shard"
+                )
+        names = [n for s in self.splits.values() for h in s.shards for n in (h.name, h.index)]
+        if len(set(names)) != len(names):
+            return "two shards share a file"
+        for name in names:
+            if name in (".", "..", "") or Path(name).name != name:
+                return f"the shard file {name!r} is not a plain name"
+        if self.accepted != sum(split.samples for split in self.splits.values()):
+            return f"accepted is {self.accepted} but the splits hold another number of samples"
+        if self.accepted + self.rejected != self.found:
+            return f"accepted {self.accepted} + rejected {self.rejected} is not found {self.found}"
+        return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write aside, fsync, rename: ``path`` holds the old or the new bytes, never a part of them."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _from_content(root: Path, content: dict[str, Any]) -> Manifest:
+    splits = {
+        name: Split(
+            name=split["name"],
+            shards=tuple(Shard(**shard) for shard in split["shards"]),
+            counts=tuple(int(count) for count in split["counts"]),
+        )
+        for name, split in content["splits"].items()
+    }
+    low_height, high_height, low_width, high_width = map(int, content["image_size"])
+    red, green, blue = map(float, content["channel_mean"])
+    red_std, green_std, blue_std = map(float, content["channel_std"])
+    return Manifest(
+        root=root,
+        name=str(content["name"]),
+        classes=tuple(str(name) for name in content["classes"]),
+        splits=splits,
+        image_size=(low_height, high_height, low_width, high_width),
+        channel_mean=(red, green, blue),
+        channel_std=(red_std, green_std, blue_std),
+        found=int(content["found"]),
+        accepted=int(content["accepted"]),
+        rejected=int(content["rejected"]),
+        settings=dict(content["settings"]),
+        tools=dict(content["tools"]),
+    )
