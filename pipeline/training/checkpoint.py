@@ -1,0 +1,281 @@
+"""Checkpoints: one atomic, hashed directory each; no pickle.
+
+A state is a nested dictionary of tensors and JSON values. Each named state is one safetensors file
+whose header carries the JSON values. `manifest.json` lists the files with their sha256, and the
+directory gets its final name only after everything in it is on disk: a checkpoint that can be seen
+is complete, and one that was damaged later is recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.distributed import World
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, Any]
+MANIFEST = "manifest.json"
+VERSION = 1
+PARTIAL = ".partial-"
+DAMAGED = "damaged-"
+_NAME = re.compile(r"step-(\d{9})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it and the cure."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    world_size: int
+    score: float | None
+
+    def load(self, name: str) -> dict[str, Any]:
+        """The state saved under this name: nested, tensors on the CPU."""
+        return read_state(self.path / f"{name}.safetensors")
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in the order of their steps (never of their times)."""
+
+    def __init__(self, folder: Path, world: World, keep_last: int) -> None:
+        self.folder = folder
+        self.world = world
+        self.keep_last = keep_last
+
+    def save(
+        self, step: int, states: Mapping[str, State], own: State, score: float | None = None
+    ) -> Checkpoint:
+        """Write a checkpoint; every rank calls this with the same step.
+
+        Args:
+            states: name -> state that all ranks share; rank 0 writes them.
+            own: state of this rank alone, saved as `rank-<rank>`.
+            score: of the evaluation at this step, higher is better; the best is never pruned.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; what was there before is
+                untouched and the partial directory is gone.
+        """
+        name = f"step-{step:09d}"
+        partial = self.folder / f"{PARTIAL}{name}"
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.world.gather(None)  # nobody writes before the leftovers are gone
+        mine = {f"rank-{self.world.rank:05d}": own} | (dict(states) if self.world.is_main else {})
+        hashes, failure = _attempt(lambda: _write_states(partial, mine))
+        self._agree(partial, failure)
+        files: dict[str, str] = {}
+        for part in self.world.gather(hashes):
+            files |= part
+        manifest = {
+            "version": VERSION,
+            "step": step,
+            "world_size": self.world.world_size,
+            "score": score,
+            "files": dict(sorted(files.items())),
+        }
+        final = self.folder / name
+        failure = None
+        if self.world.is_main:
+            _, failure = _attempt(lambda: _publish(partial, final, manifest))
+        self._agree(partial, failure)
+        if self.world.is_main:
+            self._prune()
+        return Checkpoint(final, step, self.world.world_size, score)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None if there never was one.
+
+        A damaged one is named in the log and renamed aside.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
+        """
+        found: Checkpoint | str | None = None
+        if self.world.is_main:
+            try:
+                found = self._find()
+            except CheckpointError as error:
+                found = str(error)
+        found = self.world.broadcast(found)
+        if isinstance(found, str):
+            raise CheckpointError(found)
+        return found
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the highest score; of equals, the earliest."""
+        scored = [c for c in map(_describe, self._directories()) if c and c.score is not None]
+        return max(scored, key=lambda c: (c.score, -c.step), default=None)
+
+    def _find(self) -> Checkpoint | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(leftover)
+        for path in reversed(self._directories()):
+            damage = inspect(path)
+            if damage is None:
+                return _describe(path)
+            aside = self.folder / f"{DAMAGED}{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("checkpoint %s is damaged (%s): set aside as %s", path, damage, aside.name)
+        if damaged := sorted(self.folder.glob(f"{DAMAGED}*")):
+            raise CheckpointError(
+                f"all {len(damaged)} checkpoints in {self.folder} are damaged: restore one from a "
+                "backup and remove its prefix 'damaged-', or start a new run directory"
+            )
+        return None
+
+    def _directories(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+    def _agree(self, partial: Path, failure: str | None) -> None:
+        failures = [text for text in self.world.gather(failure) if text]
+        if failures:
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self.folder}: {failures[0]}: free disk space or "
+                "repair the folder; the checkpoints before it are untouched"
+            )
+
+    def _prune(self) -> None:
+        best = self.best()
+        for path in self._directories()[: -self.keep_last]:
+            if best is None or path != best.path:
+                # Renamed first, so that a kill in mid-removal leaves no half checkpoint.
+                doomed = path.rename(self.folder / f"{PARTIAL}{path.name}")
+                shutil.rmtree(doomed)
+
+
+def inspect(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory; None if every hash is as recorded."""
+    try:
+        files: dict[str, str] = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in files.items():
+        try:
+            actual = _sha256(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if actual != expected:
+            return f"{name}: sha256 is {actual[:12]}, recorded {expected[:12]}"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The nested state of one file, tensors on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads((file.metadata() or {}).get("values", "{}"))
+            for key in file.keys():  # noqa: SIM118  (not a dictionary)
+                _insert(state, key.split("/"), file.get_tensor(key))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    return state
+
+
+def write_state(path: Path, state: State) -> None:
+    """Write one state and wait until it is on disk."""
+    tensors: dict[str, torch.Tensor] = {}
+    values = _split(state, (), tensors)
+    save_file(tensors, path, metadata={"values": json.dumps(values)})
+    _sync(path)
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Replace a file's content atomically."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _split(state: State, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in state.items():
+        assert "/" not in key, key
+        if isinstance(value, Mapping):
+            values[key] = _split(value, (*path, key), tensors)
+        elif isinstance(value, torch.Tensor):
+            # A copy: safetensors refuses tensors that share memory or are not contiguous.
+            copied = value.detach().cpu().contiguous().clone()
+            tensors["/".join((*path, key))] = copied
+        else:
+            values[key] = value
+    return values
+
+
+def _insert(state: dict[str, Any], path: list[str], tensor: torch.Tensor) -> None:
+    for key in path[:-1]:
+        state = state.setdefault(key, {})
+    state[path[-1]] = tensor
+
+
+def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
+    """Write the states; file name -> sha256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for name, state in states.items():
+        path = folder / f"{name}.safetensors"
+        write_state(path, state)
+        hashes[path.name] = _sha256(path)
+    return hashes
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_aside(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    assert not final.exists(), final
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _attempt(write: Any) -> tuple[dict[str, str], str | None]:
+    try:
+        return write() or {}, None
+    except (OSError, SafetensorError) as error:
+        return {}, str(error)
+
+
+def _describe(path: Path) -> Checkpoint | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return Checkpoint(path, manifest["step"], manifest["world_size"], manifest["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,243 @@
+"""DeepSpeed beneath the trainer: mixed precision, ZeRO 0 and 1, and a state in our own terms.
+
+The state names every tensor by its parameter, whatever the ZeRO stage and the number of ranks, so
+that a checkpoint of one arrangement loads into another. DeepSpeed's own checkpoints are not used:
+they unpickle, and they carry no checksum.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.models import Network, Output
+from pipeline.training import optim
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """One network with its optimizer, schedule and precision, on all ranks."""
+
+    def __init__(
+        self, model: Network, config: Config, world: World, factor: Callable[[int], float]
+    ) -> None:
+        """Args:
+        factor: of the learning rates, as a function of the optimizer step.
+        """
+        import deepspeed
+
+        # Training calls none of DeepSpeed's compiled kernels; unless told that there are none, it
+        # probes compilers and builds a shared-memory kernel at start, which needs a C++ compiler.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+
+        self.model = model
+        self.world = world
+        self._inner = optim.build(self.model, config.optimizer)
+        self._names = _names_by_group(self.model, self._inner)
+        self._schedule = LambdaLR(self._inner, factor)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=self._inner,
+            lr_scheduler=self._schedule,
+            config=_deepspeed_config(config, world),
+            dist_init_required=False,
+        )
+
+    def forward(self, images: Tensor) -> Output:
+        """Training forward pass of this rank's micro-batch, in the configured precision."""
+        return self._engine(images)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """After each micro-batch; updates the weights when the last of an update is in."""
+        self._engine.step()
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last `step` closed an optimizer step."""
+        return bool(self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate of each group."""
+        return {group["name"]: float(group["lr"]) for group in self._optimizer.param_groups}
+
+    def loss_scale(self) -> float | None:
+        """Current loss scale of fp16; None in other precisions."""
+        scaler = self._scaler()
+        if scaler is None:
+            return None
+        return float(scaler["scale"] if "scale" in scaler else scaler["cur_scale"])
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, schedule and loss scale; collective. Parameters are the model's own state."""
+        return {
+            "moments": self._moments(),
+            "schedule": {"last_epoch": self._schedule.last_epoch},
+            "scaler": self._scaler(),
+            "learning_rates": self.learning_rates(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore after the model's own state has been loaded.
+
+        Raises:
+            ValueError: the state is of other parameters.
+        """
+        if self._zero:
+            self._optimizer.refresh_fp32_params()
+        self._load_moments(state.get("moments", {}))
+        self._schedule.last_epoch = state["schedule"]["last_epoch"]
+        rates = [
+            base * function(self._schedule.last_epoch)
+            for base, function in zip(
+                self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
+            )
+        ]
+        for group, lr in zip(self._inner.param_groups, rates, strict=True):
+            group["lr"] = lr
+        self._schedule._last_lr = rates
+        if state["scaler"] is not None:
+            self._load_scaler(state["scaler"])
+        for name, lr in state["learning_rates"].items():
+            assert self.learning_rates()[name] == lr, (name, lr, self.learning_rates())
+
+    @property
+    def _zero(self) -> bool:
+        return bool(self._engine.zero_optimization())
+
+    def _scaler(self) -> dict[str, Any] | None:
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            return dict(scaler.state_dict())
+        if self._zero and self._optimizer.dynamic_loss_scale:
+            inner = self._optimizer.loss_scaler
+            return {key: getattr(inner, key) for key in _ZERO_SCALER}
+        return None
+
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            scaler.load_state_dict(state)
+        else:
+            for key in _ZERO_SCALER:
+                setattr(self._optimizer.loss_scaler, key, state[key])
+
+    def _moments(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state: kind ("momentum_buffer", ...) -> parameter name -> value."""
+        moments: dict[str, dict[str, Any]] = {}
+        for group, (flat, layout) in enumerate(self._partitions()):
+            for kind, value in sorted(self._inner.state[flat].items()):
+                whole = self._gather(value, group) if _is_moment(value) else value
+                for name, shape, offset in layout:
+                    moments.setdefault(kind, {})[name] = (
+                        whole[offset : offset + shape.numel()].view(shape)
+                        if _is_moment(value)
+                        else whole
+                    )
+        return moments
+
+    def _load_moments(self, moments: dict[str, dict[str, Any]]) -> None:
+        known = {name for names in self._names for name in names}
+        for kind, values in moments.items():
+            if set(values) != known:
+                odd = sorted(set(values) ^ known)
+                raise ValueError(
+                    f"optimizer state {kind!r} is of other parameters: {', '.join(odd[:5])}"
+                )
+        for flat, layout in self._partitions():
+            state = self._inner.state[flat]
+            for kind, values in moments.items():
+                example = values[layout[0][0]]
+                if not _is_moment(example):
+                    state[kind] = example.clone()
+                    continue
+                end = max(offset + shape.numel() for _, shape, offset in layout)
+                size = flat.numel() * (self.world.world_size if self._zero else 1)
+                whole = torch.zeros(max(size, end), dtype=example.dtype, device=flat.device)
+                for name, shape, offset in layout:
+                    whole[offset : offset + shape.numel()] = values[name].to(flat.device).view(-1)
+                start = flat.numel() * self.world.rank if self._zero else 0
+                piece = whole[start : start + flat.numel()].clone().view(flat.shape)
+                state[kind] = piece if self._zero else _like(piece, flat)
+
+    def _partitions(self) -> Iterator[tuple[Tensor, list[tuple[str, torch.Size, int]]]]:
+        """Each tensor that the inner optimizer updates, with the parameters that lie in it.
+
+        Without ZeRO that is the parameter itself, at offset 0. With ZeRO 1 it is this rank's slice
+        of a flat tensor of a whole group, and the offsets are those in the flat tensor.
+        """
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        if not self._zero:
+            for group in self._inner.param_groups:
+                for parameter in group["params"]:
+                    yield parameter, [(names[parameter], parameter.shape, 0)]
+            return
+        zero = self._optimizer
+        for flat, members, offsets in zip(
+            zero.single_partition_of_fp32_groups,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            strict=True,
+        ):
+            yield (
+                flat,
+                [
+                    (names[member], member.shape, int(offset))
+                    for member, offset in zip(members, offsets, strict=True)
+                ],
+            )
+
+    def _gather(self, piece: Tensor, group: int) -> Tensor:
+        """The whole flat tensor of which each rank holds a piece of equal size."""
+        if not self._zero or self.world.world_size == 1:
+            return piece.reshape(-1)
+        pieces = [torch.empty_like(piece) for _ in range(self.world.world_size)]
+        dist.all_gather(pieces, piece, group=self._optimizer.real_dp_process_group[group])
+        return torch.cat(pieces)
+
+
+_ZERO_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether an optimizer's state value has an element for each of the parameter's."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _like(values: Tensor, parameter: Tensor) -> Tensor:
+    """The values in the parameter's memory layout, as a fresh optimizer would hold them."""
+    return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(values)
+
+
+def _names_by_group(model: Network, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+    train = config.train
+    described: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.batch_size
+        // (train.accumulation * world.world_size),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if train.precision != "fp32":
+        dtype = str(DTYPES[train.precision]).removeprefix("torch.")
+        described["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return described

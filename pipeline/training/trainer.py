@@ -1,0 +1,397 @@
+"""The training loop: steps, stops, checkpoints and evaluations, in an order that resumes exactly."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data import Batch, Loader
+from pipeline.distributed import World
+from pipeline.models import Network, Output
+from pipeline.training import losses, statistics
+from pipeline.training.average import WeightAverage
+from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from pipeline.training.engine import Engine
+from pipeline.training.randomness import RandomStates
+
+log = logging.getLogger(__name__)
+LOG_EVERY = 10  # optimizer steps between points of the step metrics
+
+
+class Outcome(enum.Enum):
+    """How a call of `Trainer.train` ended."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+
+
+class Verdict(NamedTuple):
+    """What the ranks agree on at a step: any rank's wish is every rank's."""
+
+    bad: bool = False  # a loss is not finite
+    stop: bool = False
+    late: bool = False  # rank 0's clock asks for a checkpoint
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of some rank was NaN or infinite; nothing was updated with it."""
+
+
+class MetricSink(Protocol):
+    """Where metrics go; only rank 0 has one that keeps them."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+
+class Stateful(Protocol):
+    """A named part of the state that a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far training is; `keys_digest` chains the hash of this rank's ordered sample keys."""
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    keys_digest: str = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+    def count(self, batch: Batch) -> None:
+        text = self.keys_digest + "\n".join(batch.keys)
+        self.keys_digest = hashlib.sha256(text.encode()).hexdigest()
+        self.samples += len(batch.keys)
+
+
+@dataclass
+class _Window:
+    """Sums over the optimizer steps since the last point of the step metrics."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
+    samples: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.batches += 1
+        self.samples += samples
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        evaluate: called on all ranks after an epoch; its metrics, of which `eval/top1` decides
+            which checkpoint is the best.
+        shared: further parts of the state that are the same on all ranks.
+        on_step: called after each optimizer step with (step, steps in all, latest metrics).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        world: World,
+        model: Network,
+        engine: Engine,
+        loader: Loader,
+        store: CheckpointStore,
+        evaluate: Callable[[], dict[str, float]],
+        sink: MetricSink,
+        shared: Mapping[str, Stateful],
+        identity: Mapping[str, Any],
+        run_dir: Path,
+        average: WeightAverage | None = None,
+        on_step: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.model = model
+        self.engine = engine
+        self.loader = loader
+        self.store = store
+        self.evaluate = evaluate
+        self.sink = sink
+        self.identity = dict(identity)
+        self.run_dir = run_dir
+        self.average = average
+        self.on_step = on_step
+        self.progress = Progress()
+        self.statistics = statistics.LocalStatistics(model)
+        self.shared: dict[str, Stateful] = {"engine": engine, "data": loader, **shared}
+        self.own: dict[str, Stateful] = {
+            "progress": self.progress,
+            "random": RandomStates(world.device),
+            "statistics": self.statistics,
+        }
+        self.steps_per_epoch = loader.steps_per_epoch // config.train.accumulation
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self._stop_requested = False
+        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
+        self._window = _Window()
+        self._latest: dict[str, float] = {}
+
+    def request_stop(self) -> None:
+        """Stop, on all ranks, after the current optimizer step; safe in a signal handler."""
+        self._stop_requested = True
+
+    def train(self, stop_after: int | None = None) -> Outcome:
+        """Train to the last epoch, or until a stop is requested or `stop_after` steps are done.
+
+        Raises:
+            NonFiniteLoss: on all ranks, before the update.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        progress = self.progress
+        while progress.epoch < self.config.train.epochs:
+            verdict = Verdict()
+            for batch in self.loader:
+                verdict = self._micro_step(batch)
+                if not self.engine.updated:
+                    continue
+                progress.step += 1
+                self._after_update()
+                stop = verdict.stop or progress.step == stop_after
+                verdict = verdict._replace(stop=stop)
+                if progress.step % self.steps_per_epoch == 0:
+                    continue  # the epoch's last: what is due is done after the evaluation
+                if stop or self._checkpoint_due(verdict):
+                    self._save(must=stop)
+                if stop:
+                    return Outcome.INTERRUPTED
+            self._end_epoch(verdict)
+            if verdict.stop and progress.epoch < self.config.train.epochs:
+                return Outcome.INTERRUPTED
+        return Outcome.FINISHED
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _micro_step(self, batch: Batch) -> Verdict:
+        """Forward, agree, backward, step."""
+        output = self.engine.forward(batch.images)
+        terms = losses.terms(output, batch.labels, self.config.loss, self.world)
+        loss = torch.stack(list(terms.values())).sum()
+        agreed = self._exchange(loss)
+        self.engine.backward(loss)
+        verdict = agreed()
+        if verdict.bad:
+            self._refuse(batch, terms)
+        self.engine.step()
+        self.progress.count(batch)
+        self._window.add(
+            {"loss": loss.detach()} | _detached(terms) | execution_rates(output),
+            len(batch.keys) * self.world.world_size,
+        )
+        return verdict
+
+    def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
+        """Start to ask all ranks what the next step boundary must do.
+
+        On CUDA the answer travels while the backward pass is queued, so that waiting for it does
+        not leave the device idle.
+        """
+        minutes = self.config.checkpoints.every_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        wishes = torch.tensor([self._stop_requested, late and self.world.is_main]).float()
+        bad = 1.0 - loss.detach().isfinite().float()
+        flags = self.world.sum(torch.cat([bad[None], wishes.to(loss.device, non_blocking=True)]))
+        answer = flags.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if loss.is_cuda else None
+        if arrived:
+            arrived.record()
+
+        def agreed() -> Verdict:
+            if arrived:
+                arrived.synchronize()
+            return Verdict(*(count > 0 for count in answer.tolist()))
+
+        return agreed
+
+    def _refuse(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
+        values = {name: float(value) for name, value in terms.items()}
+        ranks = self.world.gather({"loss": str(values), "keys": list(batch.keys)})
+        path = self.run_dir / f"nonfinite-step-{self.progress.step:09d}.json"
+        if self.world.is_main:
+            path.write_text(json.dumps({"step": self.progress.step, "ranks": ranks}, indent=1))
+        raise NonFiniteLoss(
+            f"the loss is not finite at step {self.progress.step} ({values} on rank "
+            f"{self.world.rank}); the batch's sample keys are in {path}. The weights were not "
+            "updated and the last checkpoint is good: lower optimizer.lr, set "
+            "optimizer.clip_norm, or look at those samples, in a new run"
+        )
+
+    def _after_update(self) -> None:
+        if self.average:
+            self.average.update(self.model)
+        if self.progress.step % LOG_EVERY == 0 or self.progress.step % self.steps_per_epoch == 0:
+            self._log_window()
+        self.on_step(self.progress.step, self.total_steps, self._latest)
+
+    def _log_window(self) -> None:
+        window, self._window = self._window, _Window()
+        if not window.batches:
+            return
+        names = list(window.sums)
+        means = self.world.sum(torch.stack([window.sums[name].float() for name in names]))
+        means = means / (window.batches * self.world.world_size)
+        values = {f"train/{name}": v for name, v in zip(names, means.tolist(), strict=True)}
+        elapsed = time.perf_counter() - window.started
+        values["train/images_per_second"] = window.samples / elapsed
+        values |= {f"lr/{name}": lr for name, lr in self.engine.learning_rates().items()}
+        if (scale := self.engine.loss_scale()) is not None:
+            values["train/loss_scale"] = scale
+        values["epoch"] = self.progress.step / self.steps_per_epoch
+        self._latest = values
+        self.sink.metrics(values, self.progress.step)
+
+    # -- epochs and checkpoints ----------------------------------------------------------------
+
+    def _end_epoch(self, verdict: Verdict) -> None:
+        """Evaluate if it is time, and save if there is a reason."""
+        progress, train = self.progress, self.config.train
+        progress.epoch += 1
+        last = progress.epoch == train.epochs
+        score = None
+        if last or progress.epoch % train.evaluate_every == 0:
+            with self.statistics.averaged(self.world):
+                metrics = self.evaluate()
+            self.sink.metrics(metrics, progress.step)
+            score = metrics["eval/top1"]
+            self._window = _Window()  # the time of the evaluation is not training's
+        must = last or verdict.stop
+        if must or self._is_best(score) or self._checkpoint_due(verdict):
+            self._save(must=must, score=score)
+
+    def _is_best(self, score: float | None) -> bool:
+        """Rank 0's answer on all ranks: the others may see the folder in another state."""
+        best = self.store.best() if self.world.is_main else None
+        better = score is not None and (best is None or score > (best.score or 0.0))
+        return bool(self.world.broadcast(better))
+
+    def _checkpoint_due(self, verdict: Verdict) -> bool:
+        every = self.config.checkpoints.every_steps
+        return verdict.late or bool(every and self.progress.step % every == 0)
+
+    def _save(self, must: bool, score: float | None = None) -> None:
+        """Save; a failure is fatal only where nothing would be saved after it."""
+        if self._saved_step == self.progress.step:
+            return
+        self._saved_at = time.monotonic()
+        try:
+            self.store.save(self.progress.step, self._shared_states(), self._own_states(), score)
+        except CheckpointError as error:
+            if must:
+                raise
+            log.error("%s. Training goes on without this checkpoint", error)
+            return
+        self._saved_step = self.progress.step
+        log.info("saved checkpoint at step %d", self.progress.step)
+
+    def _shared_states(self) -> dict[str, Any]:
+        with self.statistics.averaged(self.world):
+            states = {"model": {name: t.clone() for name, t in self.model.state_dict().items()}}
+            if self.average:
+                states["average"] = self.average.state_dict(self.model)
+        states |= {name: part.state_dict() for name, part in self.shared.items()}
+        return states | {"identity": self.identity | {"config": self.config.flat()}}
+
+    def _own_states(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.own.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where the checkpoint was saved.
+
+        Raises:
+            CheckpointError: it is of another class map, model or number of ranks.
+        """
+        check_identity(checkpoint, self.identity)
+        load_model(self.model, checkpoint)
+        if self.average:
+            self.average.load_state_dict(checkpoint.load("average"))
+        for name, part in self.shared.items():
+            part.load_state_dict(checkpoint.load(name))
+        rank = self.world.rank if checkpoint.world_size == self.world.world_size else 0
+        own = checkpoint.load(f"rank-{rank:05d}")
+        if checkpoint.world_size != self.world.world_size:
+            # Every rank's own noise and running statistics are gone; the averages stay.
+            log.warning(
+                "resuming on %d ranks what %d saved: the order of samples and the weights "
+                "continue exactly, random states start anew from the seed",
+                self.world.world_size,
+                checkpoint.world_size,
+            )
+            own = {"progress": own["progress"]}
+        for name, state in own.items():
+            self.own[name].load_state_dict(state)
+        self._saved_step = self.progress.step
+
+
+def execution_rates(output: Output) -> dict[str, Tensor]:
+    """Share of the batch that executes each step of each gated cell: `rate/<cell>/<step>`."""
+    rates: dict[str, Tensor] = {}
+    for route in output.routes:
+        if route.target is not None:
+            shares = route.executed.float().mean(0)
+            rates |= {f"rate/{route.cell}/{i + 1}": share for i, share in enumerate(shares)}
+    return rates
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose identity (model, class map) is not the one expected."""
+    saved = checkpoint.load("identity")
+    for key, expected in identity.items():
+        if saved.get(key) != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} has {key} {saved.get(key)}, now {expected}: use the "
+                f"{key.replace('_', ' ')} it was trained with, or start a new run directory"
+            )
+
+
+def load_model(model: Network, checkpoint: Checkpoint, name: str = "model") -> None:
+    """Load weights and averaged statistics.
+
+    Raises:
+        CheckpointError: names or shapes differ; all of them are listed.
+    """
+    saved, own = checkpoint.load(name), model.state_dict()
+    odd = [f"{key} (missing)" for key in own.keys() - saved.keys()]
+    odd += [f"{key} (unknown)" for key in saved.keys() - own.keys()]
+    odd += [
+        f"{key} {tuple(saved[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in saved.keys() & own.keys()
+        if saved[key].shape != own[key].shape
+    ]
+    if odd:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is of another network: {', '.join(sorted(odd))}: "
+            "use the model it was trained with"
+        )
+    model.load_state_dict(saved)
+
+
+def _detached(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in terms.items()}
