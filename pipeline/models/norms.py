@@ -1,15 +1,16 @@
 """Norm banks: which batch-norm parameters and statistics a step of the recursion uses.
 
-| bank             | its norms                                            | source                          |
-|------------------|------------------------------------------------------|---------------------------------|
-| `shared`         | one for all steps                                    | the naive baseline, which fails |
-| `per_step`       | one per step                                         | DRNN Sec. 3.2 (LVBN)            |
-| `gated_per_step` | one per step, executed and skipped samples separated | DRNN Sec. 3.4 (I-LVBN), Eq. 11  |
+| bank             | its norms                                    | source                   |
+|------------------|----------------------------------------------|--------------------------|
+| `shared`         | one for all steps                            | the naive baseline       |
+| `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
+| `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Step:
     """Where in the recursion a norm is called; the only thing that tells steps apart.
 
     `index` counts from 0. `upstream_steps` is the number of steps that the stage before took.
@@ -45,7 +47,8 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, executed: Tensor | None = None) -> Tensor:
         sync = self.sync and _several_ranks()
         if not self.training or (executed is None and not sync):
-            return super().forward(x)
+            y: Tensor = super().forward(x)
+            return y
         group = x.new_zeros(len(x), dtype=torch.long) if executed is None else executed.long()
         groups = 1 if executed is None else 2
         y, mean, var, count = _GroupedBatchNorm.apply(

@@ -130,12 +130,14 @@ RECURSIVE = {
     "resnet74": _recursive(18, 8, steps=2),
 }
 
+_BY_KIND: tuple[tuple[str, Kind, dict[str, Layout]], ...] = (
+    ("", "static", STATIC),
+    ("r_", "recursive", RECURSIVE),
+    ("dr_", "dynamic", RECURSIVE),
+)
+
 MODELS: dict[str, Callable[..., Network]] = {
-    name: partial(_resnet, name, layout, kind)
-    for names, kind, prefix in (
-        (STATIC, "static", ""),
-        (RECURSIVE, "recursive", "r_"),
-        (RECURSIVE, "dynamic", "dr_"),
-    )
-    for name, layout in ((prefix + base, layout) for base, layout in names.items())
+    prefix + name: partial(_resnet, prefix + name, layout, kind)
+    for prefix, kind, layouts in _BY_KIND
+    for name, layout in layouts.items()
 }

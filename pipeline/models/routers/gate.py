@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class Gate(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> decision (N,), exactly 0 or 1."""
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             pooled = x.float().mean((2, 3))
             scores = self.scores(F.relu(self.hidden(pooled)))  # Eq. 8
             if self.training:
@@ -54,4 +55,11 @@ class Gate(Router):
             soft = scores.softmax(1)[:, EXECUTE]
             hard = (scores.argmax(1) == EXECUTE).float()
             # Eq. 10. The bracket is exactly zero forward; F.gumbel_softmax leaves rounding errors.
-            return hard + (soft - soft.detach())
+            decision: Tensor = hard + (soft - soft.detach())
+            return decision
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # shapes alone are followed on "meta", which knows no autocast

@@ -1,0 +1,126 @@
+"""What a network costs: parameters, and multiply-adds for one image, nominal and as executed.
+
+Multiply-adds are those of convolutions and linear layers; norms, activations and pooling are not
+counted, as in the papers' tables.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.models.network import Network
+from pipeline.models.stage import RecursiveCell
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """Multiply-adds of one recursive cell per step taken, and of its router per step asked."""
+
+    per_step: int
+    router: int
+    steps: int
+    target: float | None
+
+    def executed(self, rates: Sequence[float]) -> float:
+        """At the given rate of executed samples for each step.
+
+        A router is asked at a step for the samples still inside, which are those that executed the
+        step before.
+        """
+        asked = (1.0, *rates[:-1])
+        return math.fsum(self.per_step * rate for rate in rates) + self.router * math.fsum(asked)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parameters` of the whole network; multiply-adds per image, of which `fixed` are outside the
+    recursive cells. `cells` are keyed by the name that their routes carry.
+    """
+
+    parameters: int
+    fixed: int
+    cells: Mapping[str, CellCost]
+
+    @property
+    def nominal(self) -> int:
+        """All steps, without routers."""
+        return self.fixed + sum(cell.per_step * cell.steps for cell in self.cells.values())
+
+    @property
+    def maximal(self) -> int:
+        """All steps, and all routers at every step."""
+        return self.nominal + sum(cell.router * cell.steps for cell in self.cells.values())
+
+    @property
+    def expected(self) -> float:
+        """Every router at its target: step i (from 1) executed by t^i of the samples (DRNN 3.5)."""
+        return self.executed(
+            {
+                name: [(cell.target or 1.0) ** i for i in range(1, cell.steps + 1)]
+                for name, cell in self.cells.items()
+            }
+        )
+
+    def executed(self, rates: Mapping[str, Sequence[float]]) -> float:
+        """At the measured rate of executed samples, per cell and step.
+
+        Raises:
+            ValueError: cells or steps other than the network's.
+        """
+        for name in self.cells.keys() | rates.keys():
+            expected = self.cells[name].steps if name in self.cells else 0
+            given = len(rates.get(name, ()))
+            if given != expected:
+                raise ValueError(
+                    f"{given} execution rates for cell {name!r} of {expected} steps: "
+                    "give one rate per step of every recursive cell"
+                )
+        return self.fixed + math.fsum(
+            cell.executed(rates[name]) for name, cell in self.cells.items()
+        )
+
+
+def measure(model: Network, image_size: int | None = None) -> Cost:
+    """Count on shapes alone: nothing is computed, and the model is left as it is.
+
+    `image_size` is the side in pixels; None takes the one the network is meant for.
+    """
+    size = image_size or model.image_size
+    shadow = copy.deepcopy(model).to("meta").eval()
+    recursive = {
+        name: module
+        for name, module in shadow.named_modules()
+        if isinstance(module, RecursiveCell) and not module.is_static
+    }
+    for cell in recursive.values():
+        # The loop itself in training mode: it then takes every step, whatever the gates say.
+        cell.training = True
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, 3, size, size, device="meta"))
+    root = type(shadow).__name__
+    # Two floating-point operations are one multiply-add.
+    counted = {
+        name: sum(operations.values()) // 2
+        for name, operations in counter.get_flop_counts().items()
+    }
+    cells = {
+        name: CellCost(
+            per_step=counted[f"{root}.{name}.cell"] // cell.steps,
+            router=counted.get(f"{root}.{name}.router", 0) // cell.steps,
+            steps=cell.steps,
+            target=cell.router.target,
+        )
+        for name, cell in recursive.items()
+    }
+    looped = sum(cell.steps * (cell.per_step + cell.router) for cell in cells.values())
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        fixed=counted["Global"] - looped,
+        cells=cells,
+    )
