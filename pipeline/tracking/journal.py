@@ -6,7 +6,7 @@ A journal is a file of JSON lines, one record each, written by one process and r
     {"time": MS, "params": {NAME: TEXT}}
     {"time": MS, "tags": {NAME: TEXT}}
     {"time": MS, "artifact": PATH, "folder": FOLDER_OR_NULL}
-    {"time": MS, "status": "FINISHED" | "FAILED" | "KILLED"}
+    {"time": MS, "status": "RUNNING" | "FINISHED" | "FAILED" | "KILLED"}
 
 The time stamp belongs to the record, not to the sending: MLflow's SQL store keys a point by name,
 step, time and value, so a record that is sent twice is stored once.
@@ -87,6 +87,11 @@ class Sent:
     closed: bool
 
     @classmethod
+    def nothing(cls) -> "Sent":
+        """The position of a run that MLflow has never heard of."""
+        return cls(dict.fromkeys(JOURNALS, 0), closed=False)
+
+    @classmethod
     def load(cls, run_dir: Path) -> "Sent":
         """The recorded position; the beginning where none is recorded or it is not readable.
 
@@ -98,7 +103,7 @@ class Sent:
             offsets = {name: int(value["offsets"].get(name, 0)) for name in JOURNALS}
             closed = bool(value["closed"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return cls(dict.fromkeys(JOURNALS, 0), False)
+            return cls.nothing()
         for name in JOURNALS:
             if offsets[name] > size(run_dir / name):
                 offsets[name] = 0
@@ -161,9 +166,12 @@ class Journal:
             if written < len(line):
                 raise OSError(f"only {written} of {len(line)} bytes fitted")
         except OSError:
-            os.ftruncate(self._file, self._end)
+            if self._file >= 0:
+                os.ftruncate(self._file, self._end)
             raise
         self._end += len(line)
 
     def close(self) -> None:
+        """Ends the writing; `append` raises OSError from here on."""
         os.close(self._file)
+        self._file = -1  # the number may soon be another file's

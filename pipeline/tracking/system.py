@@ -1,4 +1,4 @@
-"""What the machine does while it trains, in the names that MLflow's page of system metrics shows."""
+"""What the machine does while it trains, named as MLflow's page of system metrics expects."""
 
 import logging
 import threading

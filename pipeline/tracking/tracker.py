@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Identity, Journal, Record, Sent
+from pipeline.tracking.sender import BUSY, DRAINED
 
-BUSY = 3
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class Tracker:
             identity.save(self._run_dir)
         self._identity = identity
         self._params: dict[str, str] = {}
-        self._steps: defaultdict[str, set[int]] = defaultdict(set)
+        self._points: dict[int, frozenset[str]] = {}  # step -> names
+        self._shared: dict[frozenset[str], frozenset[str]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         path = self._run_dir / journal.JOURNAL
         self._journal = Journal(path)
@@ -102,20 +103,15 @@ class Tracker:
 
     def start(self) -> None:
         """Begins to send in the background; returns at once, whatever the server does."""
-        if self._process is None:
-            self._process = _spawn(self._run_dir, training=True)
+        self._append({"status": "RUNNING"})
+        self._process = _spawn(self._run_dir, "follow")
 
     def params(self, values: Mapping[str, str | int | float | bool | None]) -> None:
         """Records parameters, which MLflow never changes: the first value of each name is kept."""
         texts = {name: str(value) for name, value in values.items()}
         for name, text in texts.items():
-            if self._params.get(name, text) != text:
-                log.warning(
-                    "parameter %s is %s now; the tracked run keeps its first value, %s",
-                    name,
-                    text,
-                    self._params[name],
-                )
+            if (first := self._params.get(name, text)) != text:
+                log.warning("parameter %s is %s now; tracked stays %s", name, text, first)
         new = {name: text for name, text in texts.items() if name not in self._params}
         if new:
             self._append({"params": new})
@@ -125,9 +121,8 @@ class Tracker:
 
         A resumed run repeats the steps since its checkpoint; they must not appear twice.
         """
-        new = {
-            name: float(value) for name, value in values.items() if step not in self._steps[name]
-        }
+        known = self._points.get(step, frozenset())
+        new = {name: float(value) for name, value in values.items() if name not in known}
         if new:
             self._append({"metrics": new, "step": step})
 
@@ -157,9 +152,9 @@ class Tracker:
         """
         self._append({"status": status})
         self._journal.close()
-        done = _end(self._run_dir, self._process or _spawn(self._run_dir, training=False), timeout)
-        self._process = None
-        return done
+        if self._process is None or self._process.poll() is not None:
+            self._process = _spawn(self._run_dir, "follow")
+        return _end(self._run_dir, self._process, timeout)
 
     def state_dict(self) -> dict[str, str | None]:
         """Which MLflow run this is, for a checkpoint."""
@@ -184,8 +179,10 @@ class Tracker:
         self._remember(record)
 
     def _remember(self, record: Record) -> None:
-        for name in record.get("metrics", {}):
-            self._steps[name].add(record["step"])
+        if metrics := record.get("metrics"):
+            names = self._points.get(record["step"], frozenset()).union(metrics)
+            # Most steps have the same names: one set for all of them keeps long runs small.
+            self._points[record["step"]] = self._shared.setdefault(names, names)
         for name, text in record.get("params", {}).items():
             self._params.setdefault(name, text)
 
@@ -195,7 +192,9 @@ def history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     points: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
     for name in journal.JOURNALS:
         for record, _ in journal.read(run_dir / name):
-            for key, value in (record or {}).get("metrics", {}).items():
+            if record is None:
+                continue
+            for key, value in record.get("metrics", {}).items():
                 points[key].append((record["step"], value))
     return {key: sorted(values, key=lambda point: point[0]) for key, values in points.items()}
 
@@ -205,24 +204,20 @@ def replay(run_dir: Path, timeout: float = 60.0) -> bool:
     run_dir = run_dir.resolve()
     if Identity.load(run_dir) is None or (Sent.load(run_dir).closed and not _left(run_dir)):
         return True
-    return _end(run_dir, _spawn(run_dir, training=False), timeout)
+    return _end(run_dir, _spawn(run_dir, "drain"), timeout)
 
 
 def _left(run_dir: Path) -> int:
     """Records that were not sent yet."""
-    sent = Sent.load(run_dir)
-    return sum(
-        1 for name in journal.JOURNALS for _ in journal.read(run_dir / name, sent.offsets[name])
-    )
+    offsets = Sent.load(run_dir).offsets
+    return sum(1 for name in offsets for _ in journal.read(run_dir / name, offsets[name]))
 
 
-def _spawn(run_dir: Path, training: bool) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "pipeline.tracking.sender", str(run_dir)]
-    if training:
-        command.append(str(os.getpid()))
+def _spawn(run_dir: Path, mode: Literal["follow", "drain"]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "pipeline.tracking", str(run_dir), str(os.getpid()), mode]
     # MLflow's own defaults would let one call to a dead server last four minutes.
     environment = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "OMP_NUM_THREADS": "1",
         **os.environ,
@@ -252,14 +247,16 @@ def _end(run_dir: Path, process: "subprocess.Popen[bytes]", timeout: float) -> b
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()
-    if code in (0, BUSY):
+    if code in (DRAINED, BUSY):
         return True
+    identity = Identity.load(run_dir)
+    assert identity is not None
     log.warning(
-        "%d records of %s are not at %s yet: start the run again or call `reprise ui` to send "
-        "them (%s says why)",
+        "%d records and the end of run %s are not at %s yet (%s says why): start the run again, or "
+        "call `reprise ui`, to send them",
         _left(run_dir),
         run_dir,
-        getattr(Identity.load(run_dir), "uri", "MLflow"),
+        identity.uri,
         run_dir / journal.LOG,
     )
     return False
