@@ -1,0 +1,144 @@
+"""What both readers have in common: batches, the position in them, and the step to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_prep.manifest import Manifest
+from pipeline.data.augment import Normalise, Transform
+from pipeline.data.order import BatchPlan, Plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch.
+
+    `images` (n, 3, size, size) float32, normalised, channels last in memory; `labels` (n,) int64;
+    both on the rank's device and owned by whoever holds the batch. `keys`: n sample keys.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a reader makes of a micro-batch: geometry done, colour not yet.
+
+    `images` (n, size, size, 3) uint8; `labels` (n,).
+    """
+
+    images: torch.Tensor
+    labels: npt.NDArray[np.int64]
+    keys: tuple[str, ...]
+
+
+class Reader(Protocol):
+    """Reads, decodes, crops, resizes and flips the batches of a plan."""
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Decoded]:
+        """The batches of an epoch from a step on; closing the iterator stops all work on them.
+
+        Raises ValueError naming shard, key and offset of a sample that cannot be used.
+        """
+
+
+class Loader:
+    """Batches of a plan in its order, and the position in them.
+
+    The position counts the batches that were handed out; work ahead of that does not count, so a
+    loader that is set to a position continues bit by bit as one that never stopped.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        transform: Transform,
+        reader: Reader,
+        manifest: Manifest,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self._transform = transform
+        self._reader = reader
+        self._device = device
+        self._normalise = Normalise(
+            manifest.channel_mean, manifest.channel_std, transform.size, device
+        )
+        self._epoch = 0
+        self._step = 0
+        self._running: Iterator[Batch] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Micro-steps; in training the same on all ranks."""
+        return self.plan.steps_per_epoch
+
+    @property
+    def samples(self) -> int:
+        """Training: of the whole set. Evaluation: of this rank."""
+        return self.plan.samples
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and the micro-step in it that comes next."""
+        return self._epoch, self._step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue before micro-step `step` of `epoch`; ValueError where there is none."""
+        epoch, step = state["epoch"], state["step"]
+        if epoch < 0 or not 0 <= step < max(self.steps_per_epoch, 1):
+            raise ValueError(
+                f"data position epoch {epoch}, step {step} does not exist: an epoch has "
+                f"{self.steps_per_epoch} micro-steps; use the batch size, accumulation and shard "
+                "set of the run that wrote it"
+            )
+        self.close()
+        self._epoch, self._step = epoch, step
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch in training, the whole set in evaluation.
+
+        One pass at a time: to begin another ends the one before.
+        """
+        self.close()
+        if not isinstance(self.plan, BatchPlan):
+            self._epoch, self._step = 0, 0
+        self._running = self._rest()
+        return self._running
+
+    def close(self) -> None:
+        """Stop the pass that is under way, with its threads, processes and open files."""
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+            self._running = None
+
+    def _rest(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        batches = self._reader.batches(epoch, self._step)
+        try:
+            for decoded in batches:
+                colour = self._transform.colour(epoch, self.plan.rows(epoch, self._step))
+                labels = torch.from_numpy(decoded.labels)
+                if self._device.type == "cuda":
+                    labels = labels.pin_memory().to(self._device, non_blocking=True)
+                batch = Batch(self._normalise(decoded.images, colour), labels, decoded.keys)
+                self._advance()
+                yield batch
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+    def _advance(self) -> None:
+        self._step += 1
+        if self._step == self.steps_per_epoch:
+            self._epoch, self._step = self._epoch + 1, 0

@@ -1,0 +1,149 @@
+"""The webdataset and torchvision reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from pipeline.data.augment import Transform
+from pipeline.data.loader import Decoded
+from pipeline.data.shards import ShardError, ShardSet
+
+AHEAD = 2  # batches per worker process
+
+
+class TorchReader:
+    """Samples in planned order through a webdataset pipeline, decoded and cut by torchvision.
+
+    `workers` processes take whole batches in turn; 0: all in the calling process.
+    """
+
+    def __init__(
+        self, shards: ShardSet, transform: Transform, workers: int, device: torch.device
+    ) -> None:
+        self._shards = shards
+        self._transform = transform
+        self._workers = workers
+        self._device = device
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Decoded]:
+        import webdataset as wds
+
+        steps = self._transform.plan.steps_per_epoch - first_step
+        if steps <= 0:
+            return
+        pipeline = wds.DataPipeline(
+            _PlannedSamples(self._shards, self._transform, epoch, first_step),
+            wds.map(_Decode(self._transform)),
+            wds.batched(self._transform.plan.batch_size, collation_fn=_collate, partial=True),
+            _errors_as_items,
+        )
+        workers = min(self._workers, steps)
+        loader = wds.WebLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+        )
+        batches = iter(loader)
+        try:
+            for item in batches:
+                if isinstance(item, ShardError):
+                    raise item
+                yield Decoded(self._upload(item.images), item.labels, item.keys)
+        finally:
+            batches.close()
+            self._shards.close()
+
+    def _upload(self, images: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return images
+        return images.pin_memory().to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _PlannedSamples:
+    """Source of a webdataset pipeline: this worker's batches, sample by sample."""
+
+    shards: ShardSet
+    transform: Transform
+    epoch: int
+    first_step: int
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        plan = self.transform.plan
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in range(self.first_step + number, plan.steps_per_epoch, count):
+            rows = plan.rows(self.epoch, step)
+            samples = self.shards.read(rows.samples)
+            sizes = self.shards.image_sizes(samples)
+            if self.transform.flip or self.transform.crop != "none":
+                geometry = self.transform.geometry(self.epoch, rows, sizes)
+                boxes, flips = geometry.boxes.tolist(), geometry.flips.tolist()
+            else:
+                boxes, flips = [None] * len(samples), [False] * len(samples)
+            for sample, box, flip in zip(samples, boxes, flips, strict=True):
+                yield {
+                    "__key__": sample.key,
+                    "__url__": sample.url,
+                    sample.extension: sample.data,
+                    "cls": sample.label,
+                    "box": box,
+                    "flip": flip,
+                    "sample": sample,
+                }
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """One encoded sample to its (3, size, size) uint8 image, label and key."""
+
+    transform: Transform
+
+    def __call__(self, item: dict[str, Any]) -> tuple[torch.Tensor, int, str]:
+        from torchvision.io import ImageReadMode, decode_image
+
+        sample = item["sample"]
+        try:
+            image = decode_image(torch.from_numpy(sample.data), ImageReadMode.RGB)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ShardError(f"{sample.place}: cannot be decoded ({reason}){sample.cure}") from None
+        return self._cut(image, item["box"], item["flip"]), item["cls"], item["__key__"]
+
+    def _cut(self, image: torch.Tensor, box: list[int] | None, flip: bool) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional
+
+        transform = self.transform
+        if transform.crop != "none":
+            assert box is not None
+            image = functional.crop(image, *box)
+        if transform.resize is not None:
+            image = functional.resize(image, [transform.resize, transform.resize], antialias=True)
+        if transform.margin:
+            margin, size = transform.margin, transform.size
+            image = functional.crop(image, margin, margin, size, size)
+        return functional.horizontal_flip(image) if flip else image
+
+
+def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:
+    images, labels, keys = zip(*items, strict=True)
+    return Decoded(
+        torch.stack(images).permute(0, 2, 3, 1).contiguous(),
+        np.array(labels, dtype=np.int64),
+        tuple(keys),
+    )
+
+
+def _errors_as_items(items: Iterable[Decoded]) -> Iterator[Decoded | ShardError]:
+    """A worker's error as it is: raised there, it would come back wrapped in a traceback."""
+    try:
+        yield from items
+    except ShardError as error:
+        yield error
