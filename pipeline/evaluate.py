@@ -92,7 +92,6 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    loader.load_state_dict({"epoch": 0, "step": 0})
     started = time.perf_counter()
     parts: list[dict[str, Any]] = []
     cells: list[str] = []

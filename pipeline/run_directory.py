@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data_prep.manifest import Manifest
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
 
@@ -30,6 +31,7 @@ class RunDirectory:
         self.logs = path / "logs"
         self.evaluation = path / "evaluation"
         self.report = path / "report.html"
+        self.weights = path / "weights.safetensors"
         self._owner = path / "owner.json"
         # The kernel gives the lock back when its holder dies, however it dies.
         self._lock = FileLock(path / ".lock", blocking=False)
@@ -37,6 +39,10 @@ class RunDirectory:
     @property
     def exists(self) -> bool:
         return self.config_file.is_file()
+
+    def evaluation_of(self, manifest: Manifest) -> Path:
+        """Where the evaluation on a shard set's evaluation split is kept."""
+        return self.evaluation / f"{manifest.name}-{manifest.evaluation.name}"
 
     def read_config(self) -> Config:
         """Raises ConfigError if this is not a run directory."""

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 State = Mapping[str, Any]
 MANIFEST = "manifest.json"
 VERSION = 1
+SUFFIX = ".safetensors"
 PARTIAL = ".partial-"
 DAMAGED = "damaged-"
 _NAME = re.compile(r"step-(\d{9})")
@@ -47,10 +48,11 @@ class Checkpoint:
     step: int
     world_size: int
     score: float | None
+    states: tuple[str, ...]
 
     def load(self, name: str) -> dict[str, Any]:
         """The state saved under this name: nested, tensors on the CPU."""
-        return read_state(self.path / f"{name}.safetensors")
+        return read_state(self.path / f"{name}{SUFFIX}")
 
 
 class CheckpointStore:
@@ -100,7 +102,7 @@ class CheckpointStore:
         self._agree(partial, failure)
         if self.world.is_main:
             self._prune()
-        return Checkpoint(final, step, self.world.world_size, score)
+        return _checkpoint(final, manifest)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there never was one.
@@ -240,7 +242,7 @@ def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for name, state in states.items():
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{name}{SUFFIX}"
         write_state(path, state)
         hashes[path.name] = _sha256(path)
     return hashes
@@ -263,9 +265,14 @@ def _attempt(write: Any) -> tuple[dict[str, str], str | None]:
 def _describe(path: Path) -> Checkpoint | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        return Checkpoint(path, manifest["step"], manifest["world_size"], manifest["score"])
+        return _checkpoint(path, manifest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    states = tuple(name.removesuffix(SUFFIX) for name in manifest["files"])
+    return Checkpoint(path, manifest["step"], manifest["world_size"], manifest["score"], states)
 
 
 def _sha256(path: Path) -> str:

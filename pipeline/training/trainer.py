@@ -107,6 +107,8 @@ class Trainer:
         evaluate: called on all ranks after an epoch; its metrics, of which `eval/top1` decides
             which checkpoint is the best.
         shared: further parts of the state that are the same on all ranks.
+        identity: what a checkpoint must agree on to be resumed here.
+        stop_requested: asked at each step; one rank's wish stops all after the step.
         on_step: called after each optimizer step with (step, steps in all, latest metrics).
     """
 
@@ -124,6 +126,7 @@ class Trainer:
         shared: Mapping[str, Stateful],
         identity: Mapping[str, Any],
         run_dir: Path,
+        stop_requested: Callable[[], bool],
         average: WeightAverage | None = None,
         on_step: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
@@ -138,6 +141,7 @@ class Trainer:
         self.identity = dict(identity)
         self.run_dir = run_dir
         self.average = average
+        self.stop_requested = stop_requested
         self.on_step = on_step
         self.progress = Progress()
         self.statistics = statistics.LocalStatistics(model)
@@ -149,15 +153,10 @@ class Trainer:
         }
         self.steps_per_epoch = loader.steps_per_epoch // config.train.accumulation
         self.total_steps = self.steps_per_epoch * config.train.epochs
-        self._stop_requested = False
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._window = _Window()
         self._latest: dict[str, float] = {}
-
-    def request_stop(self) -> None:
-        """Stop, on all ranks, after the current optimizer step; safe in a signal handler."""
-        self._stop_requested = True
 
     def train(self, stop_after: int | None = None) -> Outcome:
         """Train to the last epoch, or until a stop is requested or `stop_after` steps are done.
@@ -216,7 +215,7 @@ class Trainer:
         """
         minutes = self.config.checkpoints.every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        wishes = torch.tensor([self._stop_requested, late and self.world.is_main]).float()
+        wishes = torch.tensor([self.stop_requested(), late and self.world.is_main]).float()
         bad = 1.0 - loss.detach().isfinite().float()
         flags = self.world.sum(torch.cat([bad[None], wishes.to(loss.device, non_blocking=True)]))
         answer = flags.to("cpu", non_blocking=True)
@@ -329,7 +328,7 @@ class Trainer:
             CheckpointError: it is of another class map, model or number of ranks.
         """
         check_identity(checkpoint, self.identity)
-        load_model(self.model, checkpoint)
+        load_model(self.model, checkpoint.path, checkpoint.load("model"))
         if self.average:
             self.average.load_state_dict(checkpoint.load("average"))
         for name, part in self.shared.items():
@@ -371,13 +370,13 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
             )
 
 
-def load_model(model: Network, checkpoint: Checkpoint, name: str = "model") -> None:
-    """Load weights and averaged statistics.
+def load_model(model: Network, origin: Path, saved: Mapping[str, Tensor]) -> None:
+    """Load weights and averaged statistics that come from `origin`.
 
     Raises:
         CheckpointError: names or shapes differ; all of them are listed.
     """
-    saved, own = checkpoint.load(name), model.state_dict()
+    own = model.state_dict()
     odd = [f"{key} (missing)" for key in own.keys() - saved.keys()]
     odd += [f"{key} (unknown)" for key in saved.keys() - own.keys()]
     odd += [
@@ -387,7 +386,7 @@ def load_model(model: Network, checkpoint: Checkpoint, name: str = "model") -> N
     ]
     if odd:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} is of another network: {', '.join(sorted(odd))}: "
+            f"{origin} is of another network: {', '.join(sorted(odd))}: "
             "use the model it was trained with"
         )
     model.load_state_dict(saved)

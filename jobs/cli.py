@@ -1,0 +1,232 @@
+"""`reprise`: the command line. Heavy imports stay inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from jobs.errors import Exit, guarded
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
+QUIET = click.option("--quiet", is_flag=True, help="Warnings, errors and results only.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="reprise")
+def cli() -> None:
+    """Train recursive and dynamic vision networks, from raw images to a compared run.
+
+    Start with `reprise demo`; `reprise recipes` lists what can be trained.
+    """
+
+
+@cli.command()
+@click.argument("source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar"]))
+@click.option("--source", type=ANY_PATH, help="File or folder with the images; digits needs none.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
+@click.option("--seed", default=0, show_default=True, help="Of the global shuffle.")
+@click.option("--samples-per-shard", default=2048, show_default=True, type=click.IntRange(1))
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: one per core.")
+@QUIET
+def prep(
+    source_kind: str,
+    source: Path | None,
+    out: Path,
+    seed: int,
+    samples_per_shard: int,
+    workers: int | None,
+    quiet: bool,
+) -> None:
+    """Prepare images as WebDataset shards with DALI indices and a manifest.
+
+    KIND is digits (scikit-learn's handwritten digits), folder (class folders below train/ and
+    val/ or test/, or a tar of them) or cifar (the original python batches, or class folders).
+    """
+    from data_prep.prepare import prepare
+    from data_prep.sources import open_source
+    from jobs import console
+
+    console.configure(quiet)
+    with console.progress(f"preparing {out}", quiet) as report:
+        manifest = prepare(
+            open_source(source_kind, source),
+            out,
+            seed=seed,
+            samples_per_shard=samples_per_shard,
+            workers=workers,
+            progress=report,
+        )
+    counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
+    click.echo(f"{out}: {counts} images of {len(manifest.classes)} classes")
+    if manifest.rejected:
+        click.echo(f"{manifest.rejected} of {manifest.found} rejected: see {out}/rejected.jsonl")
+
+
+@cli.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: one per core.")
+@QUIET
+def verify(folder: Path, workers: int | None, quiet: bool) -> None:
+    """Check that a shard set is what its manifest says, to the last byte."""
+    from data_prep.verify import verify as check
+    from jobs import console
+
+    console.configure(quiet)
+    with console.progress(f"verifying {folder}", quiet) as report:
+        findings = check(folder, workers=workers, progress=report)
+    for finding in findings:
+        click.echo(str(finding))
+    if findings:
+        raise click.ClickException(f"{len(findings)} problems in {folder}: prepare it again")
+    click.echo(f"{folder}: as its manifest says")
+
+
+@cli.command()
+@click.argument("recipe", metavar="RECIPE|FILE|RUN")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--run", "run_dir", type=FOLDER, help="Run directory; default: below runs/.")
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(1), help="Local ranks.")
+@click.option("--stop-after", type=click.IntRange(1), help="Stop cleanly after this step.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done and start nothing.")
+@QUIET
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    nproc: int,
+    stop_after: int | None,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Train a recipe, or resume a run.
+
+    RECIPE is a name from `reprise recipes`, a YAML file, or the directory of an earlier run, which
+    goes on where its newest checkpoint is.
+    """
+    from jobs import describe, tasks
+    from pipeline import recipes
+    from pipeline.config import ConfigError
+    from pipeline.distributed import World
+    from pipeline.run_directory import RunDirectory
+    from pipeline.training.run import plan
+
+    if (Path(recipe) / "config.yaml").is_file():
+        if overrides or run_dir:
+            raise ConfigError(
+                f"{recipe} is a run, and a run keeps its configuration: leave out "
+                f"{' '.join(overrides) or '--run'}, or start from {recipe}/config.yaml"
+            )
+        run_dir = Path(recipe)
+        config = RunDirectory(run_dir).read_config()
+    else:
+        config = recipes.load(recipe, overrides)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{config.name.replace('/', '-')}-seed{config.seed}"
+    world = World.detect()
+    planned = plan(config, max(nproc, world.world_size))
+    if world.is_main and not quiet:
+        click.echo(describe.plan(planned), err=not dry_run)
+    if dry_run:
+        click.echo(config.to_yaml(), nl=False)
+        return
+    task = tasks.Train(config, run_dir, quiet, stop_after)
+    code = tasks.LocalRanks(task, nproc)() if nproc > 1 else task()
+    if code:
+        raise click.exceptions.Exit(code)
+    if world.is_main and stop_after is None:
+        click.echo(describe.next_steps(run_dir))
+
+
+@cli.command("eval")
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option("--data", type=FOLDER, help="Another shard set with the same classes.")
+@click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
+@QUIET
+def evaluate(run_dir: Path, data: Path | None, best: bool, quiet: bool) -> None:
+    """Evaluate a run: accuracy, executed steps, multiply-adds, images/s."""
+    from jobs import console, describe, tasks
+
+    console.configure(quiet)
+    summary, folder = tasks.Evaluate(run_dir, data, best, quiet)()
+    click.echo(describe.summary(summary))
+    click.echo(f"per-sample results: {folder}")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+def report(run_dir: Path) -> None:
+    """Write a run's report: one HTML page that needs nothing else."""
+    from pipeline.analysis import report as page
+    from pipeline.run_directory import RunDirectory
+
+    click.echo(page.write(RunDirectory(run_dir)))
+
+
+@cli.command()
+@click.argument("pattern", default="*")
+def models(pattern: str) -> None:
+    """List the networks with their parameters and multiply-adds."""
+    from jobs import describe
+
+    click.echo(describe.models(pattern))
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes, with the papers' own figures."""
+    from jobs import describe
+
+    click.echo(describe.recipes())
+
+
+@cli.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True)
+def ui(port: int, runs: Path) -> None:
+    """Open MLflow's page on the store in use, after sending what is still in the runs' journals."""
+    import subprocess
+
+    from pipeline import tracking
+
+    for journal in sorted(runs.glob("*/journal.jsonl")):
+        tracking.replay(journal.parent)
+    uri = tracking.store_uri()
+    command = tracking.ui_command(uri, port)
+    if command is None:
+        click.echo(f"the runs are tracked by a server: open {uri}")
+        return
+    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    raise click.exceptions.Exit(subprocess.call(command))
+
+
+@cli.command()
+@click.option("--folder", type=FOLDER, default=Path("demo"), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@QUIET
+def demo(folder: Path, seed: int, quiet: bool) -> None:
+    """Prepare digits, train a dynamic recursive network, evaluate it and write its report."""
+    from jobs import demo as steps
+
+    raise click.exceptions.Exit(steps.run(folder, seed, quiet))
+
+
+def main() -> None:
+    """Entry point of `reprise`; exit status 2 and one line for what the user can mend."""
+    sys.exit(guarded(_invoke))
+
+
+def _invoke() -> int:
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return Exit.INTERRUPTED
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "reprise"
+        click.echo(f"error: {error.format_message()} (`{where} --help` shows the usage)", err=True)
+        return Exit.USER_ERROR
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        return 1

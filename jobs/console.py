@@ -1,0 +1,116 @@
+"""What a person sees: bars on a terminal, plain lines elsewhere, and always a plain log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Summary
+
+log = logging.getLogger(__name__)
+LINE = "%(asctime)s %(levelname)s %(message)s"
+LINES_PER_RUN = 100
+
+
+class TrainingDisplay:
+    """A bar over all optimizer steps on a terminal; a line now and then in the log."""
+
+    def __init__(self, bar: bool) -> None:
+        self._wants_bar = bar
+        self._bar: tqdm | None = None
+
+    def stepped(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        rate = metrics.get("train/images_per_second")
+        shown = "" if rate is None else f"loss {metrics['train/loss']:.3f}, {rate:.0f} images/s"
+        if self._wants_bar:
+            if self._bar is None:
+                self._bar = tqdm(total=total, initial=step - 1, unit="step", dynamic_ncols=True)
+            self._bar.update()
+            self._bar.set_postfix_str(shown, refresh=False)
+        if shown and (step % max(1, total // LINES_PER_RUN) == 0 or step == total):
+            log.info("step %d of %d: %s", step, total, shown)
+
+    def evaluated(self, summary: Summary) -> None:
+        log.info(
+            "%s: top-1 %.2f %%, loss %.4f, %.2f of %d recursive steps, %.0f images/s",
+            summary.split,
+            100 * summary.top1,
+            summary.loss,
+            summary.mean_steps,
+            summary.maximal_steps,
+            summary.images_per_second,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _ThroughBar(logging.Handler):
+    """Console lines that do not tear a bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _OwnOrSerious(logging.Filter):
+    """Our own records, and warnings of the libraries beneath."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        own = record.name.split(".")[0] in ("pipeline", "jobs", "data_prep")
+        return own or record.levelno >= logging.ERROR
+
+
+def configure(quiet: bool, log_file: Path | None = None, console: bool = True) -> None:
+    """Send log records to the console (warnings only if quiet) and, in full, to a file."""
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = []
+    if console:
+        shown = _ThroughBar()
+        shown.setLevel(logging.WARNING if quiet else logging.INFO)
+        shown.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(shown)
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        kept = logging.FileHandler(log_file)
+        kept.setFormatter(logging.Formatter(LINE))
+        handlers.append(kept)
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+    for handler in handlers:
+        handler.addFilter(_OwnOrSerious())
+        root.addHandler(handler)
+
+
+def wants_bar(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+@contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that moves a bar on a terminal and writes tenths elsewhere."""
+    bar = tqdm(desc=what, unit=" images", dynamic_ncols=True, disable=not wants_bar(quiet))
+    tenth = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenth
+        bar.total = total
+        bar.update(done - bar.n)
+        if bar.disable and total and done * 10 // total > tenth:
+            tenth = done * 10 // total
+            log.info("%s: %d of %d images", what, done, total)
+
+    try:
+        yield report
+    finally:
+        bar.close()

@@ -1,0 +1,117 @@
+"""Plans, results and lists as short tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Summary
+    from pipeline.training.run import Plan
+
+
+def _table(rows: list[list[object]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="simple", disable_numparse=True)
+
+
+def mega(multiply_adds: float) -> str:
+    """Multiply-adds in millions."""
+    return f"{multiply_adds / 1e6:.2f} M"
+
+
+def plan(planned: Plan) -> str:
+    """What a run will do: data, network, parameter groups, steps."""
+    config, manifest, cost = planned.config, planned.manifest, planned.cost
+    train = config.train
+    rows: list[list[object]] = [
+        [group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"]
+        for group in planned.groups
+    ]
+    return "\n".join(
+        [
+            f"{config.name}: {config.model} on {manifest.name} ({manifest.train.samples:,} "
+            f"{manifest.train.name}, {manifest.evaluation.samples:,} {manifest.evaluation.name} "
+            f"images, {len(manifest.classes)} classes)",
+            f"{train.epochs} epochs of {planned.steps_per_epoch} steps, batch {train.batch_size}, "
+            f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
+            f"{config.schedule.name} schedule, seed {config.seed}",
+            f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
+            f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
+            _table(rows, ["group", "parameters", "lr", "weight decay"]),
+        ]
+    )
+
+
+def summary(found: Summary) -> str:
+    """The results of an evaluation."""
+    share = found.multiply_adds / found.nominal_multiply_adds
+    rows: list[list[object]] = [
+        ["images", f"{found.samples:,} ({found.split})"],
+        ["top-1", f"{100 * found.top1:.2f} %"],
+        ["top-5", f"{100 * found.top5:.2f} %"],
+        ["loss", f"{found.loss:.4f}"],
+        ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
+        ["images/s", f"{found.images_per_second:,.0f}"],
+    ]
+    if found.maximal_steps:
+        histogram = ", ".join(f"{k}: {n}" for k, n in enumerate(found.steps_histogram) if n)
+        rows[4:4] = [
+            ["recursive steps", f"{found.mean_steps:.2f} of {found.maximal_steps} on average"],
+            ["images by steps", histogram],
+        ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def models(pattern: str) -> str:
+    """Every network with its cost for 10 classes at its own image size."""
+    import torch
+
+    from pipeline.models import create_model, list_models
+    from pipeline.models.cost import measure
+
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"no network matches {pattern!r}: `reprise models` lists them all")
+    rows: list[list[object]] = []
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name)
+        cost = measure(model)
+        rows.append(
+            [
+                name,
+                f"{cost.parameters:,}",
+                mega(cost.nominal),
+                mega(cost.expected),
+                mega(cost.maximal),
+            ]
+        )
+    headers = ["network", "parameters", "nominal", "expected", "maximal"]
+    note = (
+        "Multiply-adds of convolutions and linear layers, one image, 10 classes. nominal: every "
+        "step executed;\nexpected: gates at their target rate; maximal: every step and every gate."
+    )
+    return f"{_table(rows, headers)}\n\n{note}"
+
+
+def recipes() -> str:
+    """Every recipe with what it trains and the paper's figure."""
+    from pipeline.recipes import RECIPES
+
+    rows: list[list[object]] = [
+        [name, recipe.about, recipe.reported] for name, recipe in RECIPES.items()
+    ]
+    return _table(rows, ["recipe", "what", "the paper's figure"])
+
+
+def next_steps(run: Path) -> str:
+    """What to look at, and the commands that come next."""
+    return "\n".join(
+        [
+            f"report:      {run / 'report.html'}",
+            f"evaluate:    reprise eval {run}",
+            f"compare:     reprise ui --runs {run.parent}",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The papers' figures and the report, from a finished run."""

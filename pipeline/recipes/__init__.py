@@ -1,0 +1,34 @@
+"""Recipes: a name is enough to reproduce a run. One module per paper."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline.config import Config, ConfigError
+from pipeline.recipes import drnn
+from pipeline.recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {**drnn.RECIPES}
+
+
+def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a recipe, named or in a YAML file, with `key.path=value` overrides.
+
+    Raises:
+        ConfigError: neither a recipe nor a file, or a configuration that does not validate.
+    """
+    if name_or_file in RECIPES:
+        base = RECIPES[name_or_file].config().model_dump(mode="json")
+        return configuration.build(base, overrides)
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml"):
+        return configuration.read(path, overrides)
+    close = difflib.get_close_matches(name_or_file, RECIPES, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"{name_or_file!r} is neither a recipe nor a YAML file: {hint}"
+        "`reprise recipes` lists the recipes"
+    )
