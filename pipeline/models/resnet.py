@@ -83,9 +83,13 @@ def _resnet(
     sync_norm: bool = False,
 ) -> ResNet:
     """Refuse what makes no sense for this kind of network, fill in its defaults, build it."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes} must be at least 1: count the data's classes")
-    if norm is not None and norm not in BANKS:
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(
+            f"num_classes={num_classes!r} is not a positive integer: count the classes"
+        )
+    if not isinstance(sync_norm, bool):
+        raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
+    if norm is not None and norm not in list(BANKS):
         raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(BANKS)}")
     if norm is not None and kind == "static":
         raise ValueError(

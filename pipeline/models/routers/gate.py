@@ -31,9 +31,9 @@ class Gate(Router):
 
     def __init__(self, channels: int, *, target: float) -> None:
         super().__init__()
-        if not 0 < target <= 1:
+        if not isinstance(target, int | float) or not 0 < target <= 1:
             raise ValueError(
-                f"target_rate={target} is not in (0, 1]: give the rate of samples that should "
+                f"target_rate={target!r} is not in (0, 1]: give the rate of samples that should "
                 "execute a step, such as 0.7"
             )
         self.target = target

@@ -1,0 +1,223 @@
+"""What must hold for every network of the registry."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.models import create_model, list_models
+from pipeline.models.norms import BANKS, BatchNorm
+from pipeline.models.routers import Gate
+from pipeline.models.stage import RecursiveCell
+
+SMALL = ["resnet20", "r_resnet16", "dr_resnet16"]
+REFUSED = {
+    **{("static", norm): "uses every cell once" for norm in BANKS},
+    ("fixed", "gated_per_step"): "needs a router that skips samples",
+}
+
+
+def _model(name, **options):
+    torch.manual_seed(0)
+    return create_model(name, **options)
+
+
+def _router(name):
+    return {"d": "gate", "r_": "fixed"}.get(name[:2].removesuffix("r"), "static")
+
+
+def test_names():
+    assert list_models("dr_*") == [
+        *("dr_resnet16", "dr_resnet32", "dr_resnet40", "dr_resnet54", "dr_resnet58"),
+        *("dr_resnet66", "dr_resnet74"),
+    ]
+    assert list_models("resnet*") == ["resnet110", "resnet20", "resnet56"]
+    assert [name.removeprefix("r_") for name in list_models("r_*")] == [
+        name.removeprefix("dr_") for name in list_models("dr_*")
+    ]
+    assert list_models("vgg*") == []
+    assert len(list_models()) == 17
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("norm", BANKS)
+def test_every_norm_with_every_router_builds_or_is_refused(name, norm):
+    reason = REFUSED.get((_router(name), norm))
+    if reason is not None:
+        with pytest.raises(ValueError, match=rf"norm='{norm}'.*{reason}"):
+            create_model(name, norm=norm)
+        return
+    model = create_model(name, norm=norm)
+    for cell in model.modules():
+        if isinstance(cell, RecursiveCell) and not cell.is_static:
+            assert type(cell.cell.norm1) is type(cell.cell.norm2) is BANKS[norm]
+            assert len(cell.cell.norm1.norms) == (1 if norm == "shared" else cell.steps)
+            assert isinstance(cell.router, Gate) == (_router(name) == "gate")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dr_resnt16", {}, r"unknown model 'dr_resnt16': did you mean 'dr_resnet16'\?"),
+        ("xyz", {}, r"unknown model 'xyz': choose one of dr_resnet16, .*resnet56$"),
+        ("resnet20", {"num_clases": 3}, r"'num_clases' of resnet20: did you mean 'num_classes'\?"),
+        ("resnet20", {"q": 3}, "choose one of norm, num_classes, sync_norm, target_rate"),
+        ("resnet20", {"num_classes": 0}, "num_classes=0 is not a positive integer"),
+        ("resnet20", {"num_classes": "10"}, "num_classes='10' is not a positive integer"),
+        ("resnet20", {"sync_norm": "no"}, "sync_norm='no' is neither true nor false"),
+        ("resnet20", {"target_rate": 0.5}, "target_rate=0.5 with resnet20: it has no gates"),
+        ("r_resnet16", {"target_rate": 0.5}, "target_rate=0.5 with r_resnet16: it has no gates"),
+        ("dr_resnet16", {"target_rate": 1.5}, r"target_rate=1.5 is not in \(0, 1\]"),
+        ("dr_resnet16", {"target_rate": 0}, r"target_rate=0 is not in \(0, 1\]"),
+        ("dr_resnet16", {"norm": "lvbn"}, "norm='lvbn' is unknown: choose one of shared, per_step"),
+        ("dr_resnet16", {"norm": []}, r"norm=\[\] is unknown"),
+    ],
+)
+def test_bad_options_are_refused_on_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        create_model(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_routes_name_the_recursive_cells_and_carry_the_target(name):
+    model = _model(name, **({"target_rate": 0.6} if name.startswith("dr_") else {}))
+    recursive = {
+        module_name: module
+        for module_name, module in model.named_modules()
+        if isinstance(module, RecursiveCell) and not module.is_static
+    }
+    for training in (True, False):
+        logits, routes = model.train(training)(torch.randn(4, 3, 32, 32))
+        assert logits.shape == (4, 10)
+        assert [route.cell for route in routes] == list(recursive)
+        for route in routes:
+            assert route.weights.shape == (4, recursive[route.cell].steps)
+            assert torch.equal(route.weights > 0, route.executed)
+            assert route.executed.dtype == torch.bool
+            assert route.target == (0.6 if name.startswith("dr_") else None)
+            assert route.weights.requires_grad == (training and name.startswith("dr_"))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_parameter_has_one_role(name):
+    model = create_model(name)
+    roles = model.roles()
+    assert list(roles) == [parameter for parameter, _ in model.named_parameters()]
+    counted = dict.fromkeys(("shared", "gate", "norm", "rest"), 0)
+    for parameter, tensor in model.named_parameters():
+        counted[roles[parameter]] += tensor.numel()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert counted["norm"] == sum(2 * norm.num_features for norm in norms)
+    recursive = [m for m in model.modules() if isinstance(m, RecursiveCell) and m.steps > 1]
+    convolutions = [m for c in recursive for m in c.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert counted["shared"] == sum(m.weight.numel() for m in convolutions)
+    gates = [m for m in model.modules() if isinstance(m, Gate)]
+    assert len(gates) == (len(recursive) if name.startswith("dr_") else 0)
+    assert counted["gate"] == sum(16 * g.hidden.in_features + 16 + 34 for g in gates)
+
+
+def test_roles_of_the_smallest_dynamic_network():
+    model = _model("dr_resnet16")
+    roles = model.roles()
+    assert roles["stages.1.1.cell.conv1.weight"] == "shared"
+    assert roles["stages.1.1.cell.norm1.norms.1.weight"] == "norm"
+    assert roles["stages.1.1.router.scores.bias"] == "gate"
+    assert roles["stages.1.0.cell.conv1.weight"] == "rest"
+    assert roles["norm.weight"] == "norm"
+    assert roles["classifier.weight"] == "rest"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_state_survives_a_round_trip(name, tmp_path):
+    model = _model(name)
+    model(torch.randn(4, 3, 32, 32))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = create_model(name)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(model.eval()(images).logits, other.eval()(images).logits)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_uses_every_parameter_and_is_repeatable(name):
+    first, second = _model(name), _model(name)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for model in (first, second):
+        torch.manual_seed(1)
+        logits, routes = model(images)
+        loss = F.cross_entropy(logits, labels) + sum(route.weights.mean() for route in routes)
+        loss.backward()
+    for (key, found), wanted in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(found.grad, wanted.grad), key
+        # Under a fixed rate the two scores of a gate can cancel, but never the whole tensor.
+        assert found.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_and_keeps_the_statistics_fp32(name, dtype):
+    model, reference = _model(name), _model(name)
+    for module in (*model.modules(), *reference.modules()):
+        if isinstance(module, Gate):
+            module.eval()  # decisions without noise are the same at every precision
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    with torch.autocast("cpu", dtype):
+        logits, routes = model(images)
+    expected = reference(images)
+    torch.testing.assert_close(logits.float(), expected.logits, atol=0.1, rtol=0.1)
+    for route, wanted in zip(routes, expected.routes, strict=True):
+        assert torch.equal(route.weights, wanted.weights)
+    F.cross_entropy(logits.float(), labels).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    for key, buffer in model.named_buffers():
+        assert buffer.dtype == (torch.int64 if "tracked" in key else torch.float32)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        assert torch.isfinite(model.eval()(images).logits).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_gives_the_same(name):
+    model = _model(name)
+    images = torch.randn(8, 3, 32, 32)
+    torch.manual_seed(1)
+    expected = model(images).logits
+    model = _model(name).to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    found = model(images.to(memory_format=torch.channels_last)).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_norm_of_a_network_is_found_by_its_type():
+    model = _model("dr_resnet16", sync_norm=True)
+    owners = {name.rpartition(".")[0] for name, _ in model.named_buffers()}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    assert owners == set(norms)
+    assert all(norm.sync for norm in norms.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_never_waits_for_the_gpu(dtype):
+    model = _model("dr_resnet16").cuda()
+    images, labels = torch.randn(16, 3, 32, 32).cuda(), torch.arange(16).cuda() % 10
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images).logits, labels)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SMALL)
+def test_the_gpu_gives_what_the_cpu_gives(name):
+    model = _model(name).eval()
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        found = model.cuda()(images.cuda())
+    torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=1e-2, rtol=1e-2)
+    for a, b in zip(found.routes, expected.routes, strict=True):
+        assert torch.equal(a.executed.cpu(), b.executed)
