@@ -1,0 +1,62 @@
+"""What the images of a set add up to: exact integers, so that no order or grouping matters."""
+
+import math
+from dataclasses import dataclass, field
+
+from data_prep.images import CheckedImage
+
+Channels = tuple[float, float, float]
+
+
+@dataclass
+class Facts:
+    """Counts per class id, the range of image sizes and the histogram of RGB values.
+
+    ``histogram`` has 256 counts each for red, green and blue. Facts of parts of a set are summed
+    with ``add``.
+    """
+
+    counts: list[int]
+    histogram: list[int] = field(default_factory=lambda: [0] * 768)
+    heights: tuple[int, int] | None = None
+    widths: tuple[int, int] | None = None
+
+    def count(self, image: CheckedImage, label: int) -> None:
+        """Take one image in."""
+        self.counts[label] += 1
+        self.histogram = [a + b for a, b in zip(self.histogram, image.histogram, strict=True)]
+        self.heights = _span(self.heights, (image.height, image.height))
+        self.widths = _span(self.widths, (image.width, image.width))
+
+    def add(self, other: "Facts") -> None:
+        """Take the images of ``other`` in."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
+        self.heights = _span(self.heights, other.heights)
+        self.widths = _span(self.widths, other.widths)
+
+    @property
+    def image_size(self) -> tuple[int, int, int, int]:
+        """(min height, max height, min width, max width) in pixels; needs at least one image."""
+        assert self.heights is not None, "no image was counted"
+        assert self.widths is not None, "no image was counted"
+        return (*self.heights, *self.widths)
+
+    def channel_statistics(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation of the pixels per channel, in 0..1."""
+        red, green, blue = (_mean_and_std(self.histogram[n : n + 256]) for n in (0, 256, 512))
+        return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+
+def _span(first: tuple[int, int] | None, second: tuple[int, int] | None) -> tuple[int, int] | None:
+    if first is None or second is None:
+        return first or second
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
+def _mean_and_std(histogram: list[int]) -> tuple[float, float]:
+    pixels = sum(histogram)
+    total = sum(value * count for value, count in enumerate(histogram))
+    squares = sum(value * value * count for value, count in enumerate(histogram))
+    variance = (pixels * squares - total * total) / (pixels * pixels)
+    return total / (255 * pixels), math.sqrt(variance) / 255

@@ -1,0 +1,33 @@
+"""Where images come from: one file per source, and this list of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.listing import Source
+from data_prep.sources.cifar import CifarSource
+from data_prep.sources.digits import DigitsSource
+from data_prep.sources.image_folder import ImageFolderSource
+
+_WITH_PATH: dict[str, Callable[[Path], Source]] = {
+    "folder": ImageFolderSource,
+    "cifar": CifarSource,
+}
+SOURCES = ("digits", *_WITH_PATH)
+
+
+def open_source(kind: str, path: Path | None = None) -> Source:
+    """The source of this kind; all but ``digits``, which is always at hand, need a ``path``.
+
+    Raises ValueError for an unknown kind and for a path that is missing or not wanted.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"unknown source {kind!r}: choose one of {', '.join(SOURCES)}")
+    if kind == "digits":
+        if path is not None:
+            raise ValueError(f"the source 'digits' reads no {path}: leave the path away")
+        return DigitsSource()
+    if path is None:
+        raise ValueError(
+            f"the source {kind!r} needs the path of a folder or archive: give --source"
+        )
+    return _WITH_PATH[kind](Path(path))

@@ -1,0 +1,100 @@
+"""Class folders: ``train/<class>/...`` beside ``val/<class>/...`` or ``test/<class>/...``."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.images import BYTE_LIMIT
+from data_prep.listing import Item, Listing, Rejection
+from data_prep.manifest import TRAIN
+from data_prep.trees import SPLITS, File, Tree, hidden, open_tree
+
+
+@dataclass(frozen=True)
+class ImageFolderSource:
+    """A folder, or a tar or tar.gz of it, that holds class folders by split.
+
+    Class ids follow the sorted names of the class folders of all splits, so that an empty class
+    folder keeps its id. Images may lie deeper within a class folder.
+    """
+
+    path: Path
+
+    def open(self, scratch: Path) -> Listing:
+        """List the images; what cannot be one is listed as rejected."""
+        return list_classes(open_tree(self.path, scratch))
+
+
+def list_classes(tree: Tree, name: str | None = None) -> Listing:
+    """The listing of a tree of class folders, under ``name`` or the tree's own.
+
+    Raises ValueError where there is no class folder in ``train`` or where another split has a class
+    that ``train`` lacks.
+    """
+    classes = _classes(tree)
+    items: list[Item] = []
+    rejected: list[Rejection] = []
+    ids = {name: number for number, name in enumerate(classes)}
+    for file in tree.files:
+        split, class_name = _place(tree, file.path)
+        problem = _problem(file, split, class_name)
+        if problem:
+            rejected.append(Rejection(split, file.path, problem))
+        else:
+            items.append(Item(split, ids[class_name], file.path, file.offset, file.size))
+    return Listing(
+        name=name or tree.name,
+        classes=classes,
+        items=items,
+        rejected=rejected,
+        reader=tree.reader,
+        settings={"source": "folder"},
+    )
+
+
+def _place(tree: Tree, path: str) -> tuple[str, str]:
+    """Split and class of a file, each "" where it lies outside of one."""
+    parts = path.removeprefix(tree.base).split("/")
+    if not path.startswith(tree.base) or parts[0] not in SPLITS or len(parts) < 2:
+        return "", ""
+    return parts[0], parts[1] if len(parts) > 2 else ""
+
+
+def _problem(file: File, split: str, class_name: str) -> str | None:
+    if hidden(file.path):
+        return "hidden file"
+    if not split:
+        return f"outside of {', '.join(SPLITS)}"
+    if not class_name:
+        return "outside of a class folder"
+    if file.size > BYTE_LIMIT:
+        return f"file of {file.size} bytes, over the limit of {BYTE_LIMIT}"
+    return file.problem
+
+
+def _classes(tree: Tree) -> tuple[str, ...]:
+    found: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for folder in tree.folders:
+        parts = folder.removeprefix(tree.base).split("/")
+        if folder.startswith(tree.base) and len(parts) == 2 and parts[0] in SPLITS:
+            found[parts[0]].add(parts[1])
+    visible = {split: {n for n in names if not hidden(n)} for split, names in found.items()}
+    if not visible[TRAIN]:
+        raise ValueError(
+            f"{tree.name} has no class folders train/<class>: arrange the images as "
+            f"train/<class>/<image> and val/<class>/<image>, in at most one leading folder"
+        )
+    for split in SPLITS:
+        unknown = visible[split] - visible[TRAIN]
+        if unknown:
+            raise ValueError(
+                f"{tree.name} has {_few(unknown)} in {split} and not in {TRAIN}: correct the name, "
+                f"or make an empty folder in {TRAIN} if that is meant"
+            )
+    return tuple(sorted(visible[TRAIN]))
+
+
+def _few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more classes" if len(ordered) > 3 else ""
+    return ", ".join(repr(name) for name in ordered[:3]) + more

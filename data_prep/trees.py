@@ -1,0 +1,172 @@
+"""The files of a folder or of a tar or tar.gz of one, listed without extracting."""
+
+import gzip
+import os
+import shutil
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_prep.listing import FolderReader, Item, RangeReader, Reader
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a tree; ``path`` uses slashes and starts below what was listed.
+
+    ``problem`` says why it cannot hold an image, without its content having been read.
+    """
+
+    path: str
+    offset: int
+    size: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files and folders sorted by path. ``base`` is the leading folder with its slash, or ""."""
+
+    name: str
+    base: str
+    files: list[File]
+    folders: list[str]
+    reader: Reader
+
+    def read(self, file: File) -> bytes:
+        """Bytes of one file, outside of any split or class."""
+        return self.reader.read(Item("", 0, file.path, file.offset, file.size))
+
+
+def open_tree(path: Path, scratch: Path) -> Tree:
+    """List ``path``, in which the splits may lie at the top or within one leading folder.
+
+    A tar.gz has no random access, so it is unpacked to a plain tar in ``scratch``, never into
+    memory. Raises FileNotFoundError where nothing is, and ValueError for another kind of file, a
+    damaged archive, or one with members that could write outside of a folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a folder, a tar or a tar.gz")
+    if path.is_dir():
+        files, folders = _walk(path)
+        return _tree(path, files, folders, FolderReader(path))
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder: give a folder, a tar or a tar.gz")
+    tar = path
+    with path.open("rb") as file:
+        if file.read(2) == _GZIP_MAGIC:
+            tar = scratch / "source.tar"
+            _gunzip(path, tar)
+    files, folders = _members(path, tar)
+    return _tree(path, files, folders, RangeReader(tar))
+
+
+def hidden(path: str) -> bool:
+    """Whether a part of the path starts with a dot, as in ``._0001.jpg`` and ``.DS_Store``."""
+    return any(part.startswith(".") for part in PurePosixPath(path).parts)
+
+
+def _stem(path: Path) -> str:
+    name = path.resolve().name
+    for suffix in _ARCHIVE_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def _walk(root: Path) -> tuple[list[File], list[str]]:
+    files: list[File] = []
+    folders: list[str] = []
+    seen: dict[tuple[int, int], Path] = {}
+    for place, names, file_names in os.walk(root, followlinks=True, onerror=_raise):
+        folder = Path(place)
+        status = folder.stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            raise ValueError(f"{folder} and {first} are one folder: remove one of the links")
+        folders += [(folder / name).relative_to(root).as_posix() for name in names]
+        files += [_file(folder / name, root) for name in file_names]
+    return files, folders
+
+
+def _file(path: Path, root: Path) -> File:
+    name = path.relative_to(root).as_posix()
+    try:
+        status = path.stat()
+    except OSError:
+        return File(name, 0, 0, "a link that leads nowhere")
+    problem = None if stat.S_ISREG(status.st_mode) else "not a regular file"
+    return File(name, 0, status.st_size, problem)
+
+
+def _raise(error: OSError) -> None:
+    raise ValueError(
+        f"cannot list {error.filename} ({error.strerror}): make it readable or take it out"
+    )
+
+
+def _gunzip(path: Path, tar: Path) -> None:
+    try:
+        with gzip.open(path, "rb") as packed, tar.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 2**20)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+
+
+def _members(path: Path, tar: Path) -> tuple[list[File], list[str]]:
+    files: dict[str, File] = {}
+    folders = []
+    for member in _checked_members(path, tar):
+        name = PurePosixPath(member.name).as_posix()
+        if member.isdir():
+            folders.append(name)
+        elif name in files:
+            raise ValueError(f"{path} holds {name} twice: pack it again from one folder")
+        else:
+            files[name] = File(name, member.offset_data, member.size)
+            folders += [str(parent) for parent in PurePosixPath(name).parents]
+    return list(files.values()), folders
+
+
+def _checked_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
+    cure = "fetch the archive again"
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                _refuse_unsafe(path, member)
+                yield member
+            # tarfile takes an archive cut in or before a header for one that ends there.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"{path} is cut short or damaged at {archive.offset}: {cure}")
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path} is not a folder, a tar or a tar.gz, or it is damaged ({error}): {cure}"
+        ) from None
+
+
+def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+    if member.issym() or member.islnk():
+        problem = f"is a link to {member.linkname!r}"
+    elif not (member.isdir() or member.isreg()) or member.issparse():
+        problem = "is neither a plain file nor a folder"
+    elif member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        problem = "leads out of the archive"
+    else:
+        return
+    raise ValueError(f"{path}: member {member.name!r} {problem}: pack plain files and folders only")
+
+
+def _tree(path: Path, files: list[File], folders: list[str], reader: Reader) -> Tree:
+    names = sorted(set(folders) - {"."})
+    tops = {name.split("/", 1)[0] for name in names if not hidden(name)}
+    base = "" if len(tops) != 1 or tops & set(SPLITS) else f"{tops.pop()}/"
+    return Tree(_stem(path), base, sorted(files, key=lambda file: file.path), names, reader)
