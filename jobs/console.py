@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LINE = "%(asctime)s %(levelname)s %(message)s"
-LINES_PER_RUN = 100
 
 
 class TrainingDisplay:
@@ -25,8 +24,10 @@ class TrainingDisplay:
     def __init__(self, bar: bool) -> None:
         self._wants_bar = bar
         self._bar: tqdm | None = None
+        self._last: Mapping[str, float] | None = None
 
     def stepped(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        fresh, self._last = metrics is not self._last, metrics
         rate = metrics.get("train/images_per_second")
         shown = "" if rate is None else f"loss {metrics['train/loss']:.3f}, {rate:.0f} images/s"
         if self._wants_bar:
@@ -34,7 +35,7 @@ class TrainingDisplay:
                 self._bar = tqdm(total=total, initial=step - 1, unit="step", dynamic_ncols=True)
             self._bar.update()
             self._bar.set_postfix_str(shown, refresh=False)
-        if shown and (step % max(1, total // LINES_PER_RUN) == 0 or step == total):
+        if shown and fresh:
             log.info("step %d of %d: %s", step, total, shown)
 
     def evaluated(self, summary: Summary) -> None:

@@ -66,8 +66,6 @@ def summary(found: Summary) -> str:
 
 def models(pattern: str) -> str:
     """Every network with its cost for 10 classes at its own image size."""
-    import torch
-
     from pipeline.models import create_model, list_models
     from pipeline.models.cost import measure
 
@@ -76,9 +74,7 @@ def models(pattern: str) -> str:
         raise ValueError(f"no network matches {pattern!r}: `reprise models` lists them all")
     rows: list[list[object]] = []
     for name in names:
-        with torch.device("meta"):
-            model = create_model(name)
-        cost = measure(model)
+        cost = measure(create_model(name))
         rows.append(
             [
                 name,

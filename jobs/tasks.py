@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,13 +84,14 @@ class LocalRanks:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=self.nproc,
+            run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.2,
         )
         try:
-            codes: dict[int, int] = elastic_launch(launch, _ExitWith(self.task))()
+            codes: dict[int, int] = elastic_launch(launch, _as_rank)(self.task)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             if failure.exitcode < 0:
@@ -100,17 +102,12 @@ class LocalRanks:
         return max(codes.values())
 
 
-@dataclass(frozen=True)
-class _ExitWith:
+def _as_rank(task: Callable[[], int]) -> int:
     """Turn a status into an exit, so that the launcher sees a failed rank as failed."""
-
-    task: Callable[[], int]
-
-    def __call__(self) -> int:
-        code = self.task()
-        if code not in (0, Exit.INTERRUPTED):
-            sys.exit(code)
-        return int(code)
+    code = task()
+    if code not in (0, Exit.INTERRUPTED):
+        sys.exit(code)
+    return int(code)
 
 
 class _StopRequest:

@@ -29,6 +29,6 @@ def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
     close = difflib.get_close_matches(name_or_file, RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError(
-        f"{name_or_file!r} is neither a recipe nor a YAML file: {hint}"
+        f"{name_or_file!r} is neither a recipe, a YAML file nor a run: {hint}"
         "`reprise recipes` lists the recipes"
     )

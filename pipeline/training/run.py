@@ -71,8 +71,7 @@ def plan(config: Config, world_size: int) -> Plan:
             the ranks cannot divide.
     """
     manifest = Manifest.load(config.data.path)
-    with torch.device("meta"):
-        model = build_model(config, len(manifest.classes))
+    model = build_model(config, len(manifest.classes))
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(
         config=config,
@@ -159,7 +158,7 @@ def _build(
 ) -> Trainer:
     config = planned.config
     model = build_model(config, len(planned.manifest.classes))
-    model = model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(world.device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     seed_everything(config.seed, world)
     engine = Engine(
@@ -258,7 +257,7 @@ def load_trained(planned: Plan, checkpoint: Checkpoint, device: torch.device) ->
     check_identity(checkpoint, planned.identity)
     model = build_model(planned.config, len(planned.manifest.classes))
     load_model(model, checkpoint.path, evaluated_weights(checkpoint))
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(device)
 
 
 def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
