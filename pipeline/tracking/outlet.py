@@ -112,21 +112,17 @@ class Outlet:
             self._log(kind, entries[half:])
 
     def _artifact(self, path: Path, folder: str | None) -> None:
-        from mlflow.exceptions import MlflowException
         from requests import HTTPError
 
         try:
             self.connected().log_artifact(self._run_id, str(path), folder)
         except (FileNotFoundError, PermissionError) as error:
             log.error("file %s is not sent: %s", path, error)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE" or self._is_deleted():
-                raise
-            log.error("MLflow refuses file %s in folder %s: %s", path, folder, error.message)
         except HTTPError as error:
-            if error.response is None or error.response.status_code not in (400, 413):
+            # 413: larger than the server, or a proxy before it, will ever take.
+            if error.response is None or error.response.status_code != 413:
                 raise
-            log.error("MLflow refuses file %s in folder %s: %s", path, folder, error)
+            log.error("MLflow refuses file %s: %s", path, error)
 
     def _is_deleted(self) -> bool:
         run = self.connected().get_run(self._run_id)

@@ -133,8 +133,11 @@ class Tracker:
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Records that the file belongs to the run; logged again, it replaces the earlier one.
 
-        It is read when it is sent: leave it where it is. Raises FileNotFoundError.
+        It is read when it is sent: leave it where it is. Raises FileNotFoundError, and ValueError
+        for a folder outside the run's own.
         """
+        if folder is not None and (folder.startswith("/") or ".." in folder.split("/")):
+            raise ValueError(f"artifact folder {folder!r} leads out of the run: name one inside")
         path = path.resolve()
         if not path.is_file():
             raise FileNotFoundError(
