@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from data_prep.images import CheckedImage
 
 Channels = tuple[float, float, float]
@@ -17,21 +19,21 @@ class Facts:
     """
 
     counts: list[int]
-    histogram: list[int] = field(default_factory=lambda: [0] * 768)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(768, np.int64))
     heights: tuple[int, int] | None = None
     widths: tuple[int, int] | None = None
 
     def count(self, image: CheckedImage, label: int) -> None:
         """Take one image in."""
         self.counts[label] += 1
-        self.histogram = [a + b for a, b in zip(self.histogram, image.histogram, strict=True)]
+        self.histogram += np.asarray(image.histogram, np.int64)
         self.heights = _span(self.heights, (image.height, image.height))
         self.widths = _span(self.widths, (image.width, image.width))
 
     def add(self, other: "Facts") -> None:
         """Take the images of ``other`` in."""
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
+        self.histogram += other.histogram
         self.heights = _span(self.heights, other.heights)
         self.widths = _span(self.widths, other.widths)
 
@@ -44,7 +46,7 @@ class Facts:
 
     def channel_statistics(self) -> tuple[Channels, Channels]:
         """Mean and standard deviation of the pixels per channel, in 0..1."""
-        red, green, blue = (_mean_and_std(self.histogram[n : n + 256]) for n in (0, 256, 512))
+        red, green, blue = (_mean_and_std(c.tolist()) for c in self.histogram.reshape(3, 256))
         return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 

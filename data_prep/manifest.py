@@ -14,6 +14,7 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
+LOCK_NAME = ".prepare.lock"
 SCHEMA_VERSION = 1
 TRAIN = "train"
 

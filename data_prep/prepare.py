@@ -18,6 +18,7 @@ from data_prep.facts import Facts
 from data_prep.images import RejectedImageError, check, own_pixel_limit
 from data_prep.listing import Listing, Reader, Rejection, Source
 from data_prep.manifest import (
+    LOCK_NAME,
     MANIFEST_NAME,
     REJECTED_NAME,
     TRAIN,
@@ -32,7 +33,6 @@ from data_prep.plan import ShardPlan, plan
 from data_prep.writer import ShardWriter
 
 SAMPLES_PER_SHARD = 2048
-LOCK_NAME = ".prepare.lock"
 _PARTIAL = ".partial-"
 
 logger = logging.getLogger(__name__)

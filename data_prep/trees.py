@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import posixpath
 import shutil
 import stat
 import tarfile
@@ -71,7 +72,7 @@ def open_tree(path: Path, scratch: Path) -> Tree:
 
 def hidden(path: str) -> bool:
     """Whether a part of the path starts with a dot, as in ``._0001.jpg`` and ``.DS_Store``."""
-    return any(part.startswith(".") for part in PurePosixPath(path).parts)
+    return "/." in f"/{path}"
 
 
 def _stem(path: Path) -> str:
@@ -123,17 +124,18 @@ def _gunzip(path: Path, tar: Path) -> None:
 
 def _members(path: Path, tar: Path) -> tuple[list[File], list[str]]:
     files: dict[str, File] = {}
-    folders = []
+    folders: set[str] = set()
     for member in _checked_members(path, tar):
-        name = PurePosixPath(member.name).as_posix()
+        name = posixpath.normpath(member.name)
         if member.isdir():
-            folders.append(name)
+            folders.add(name)
         elif name in files:
             raise ValueError(f"{path} holds {name} twice: pack it again from one folder")
         else:
             files[name] = File(name, member.offset_data, member.size)
-            folders += [str(parent) for parent in PurePosixPath(name).parents]
-    return list(files.values()), folders
+            folders.add(posixpath.dirname(name))
+    above = {str(parent) for name in folders for parent in PurePosixPath(name).parents}
+    return list(files.values()), list(folders | above)
 
 
 def _checked_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
@@ -158,7 +160,7 @@ def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
         problem = f"is a link to {member.linkname!r}"
     elif not (member.isdir() or member.isreg()) or member.issparse():
         problem = "is neither a plain file nor a folder"
-    elif member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+    elif member.name.startswith("/") or ".." in member.name.split("/"):
         problem = "leads out of the archive"
     else:
         return
@@ -166,7 +168,7 @@ def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _tree(path: Path, files: list[File], folders: list[str], reader: Reader) -> Tree:
-    names = sorted(set(folders) - {"."})
+    names = sorted(set(folders) - {"", "."})
     tops = {name.split("/", 1)[0] for name in names if not hidden(name)}
     base = "" if len(tops) != 1 or tops & set(SPLITS) else f"{tops.pop()}/"
     return Tree(_stem(path), base, sorted(files, key=lambda file: file.path), names, reader)

@@ -1,7 +1,6 @@
 """Samples into one shard: a WebDataset tar and its DALI index, equal bytes for equal samples."""
 
 import hashlib
-import io
 import os
 import tarfile
 import zlib
@@ -10,7 +9,6 @@ from typing import IO
 
 from data_prep.manifest import Shard
 
-BLOCK = 512
 INDEX_VERSION = "v1.2"
 
 
@@ -27,25 +25,27 @@ class ShardWriter:
         self._folder = folder
         self._stem = stem
         self._file = _HashedFile((folder / f"{stem}.tar").open("wb"))
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload] # noqa: SIM115
         self._lines: list[str] = []
 
     def add(self, key: str, image: bytes, extension: str, label: int) -> None:
         """Append one sample; keys must be unique over the set and hold no dot."""
         components = ((extension, image), ("cls", str(label).encode("ascii")))
-        self._lines.append(" ".join(self._append(key, *component) for component in components))
+        self._lines.append(index_line([self._append(key, *part) for part in components]))
 
-    def _append(self, key: str, extension: str, content: bytes) -> str:
+    def _append(self, key: str, extension: str, content: bytes) -> tuple[str, int, int, str]:
         member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(content)
-        member.uname = f"{zlib.crc32(content):08x}"
-        offset = self._file.tell() + BLOCK
-        self._tar.addfile(member, io.BytesIO(content))
-        return f"{extension} {offset} {len(content)} {member.name}"
+        member.uname = checksum(content)
+        offset = self._file.written + tarfile.BLOCKSIZE
+        self._file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        self._file.write(content)
+        self._file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        return extension, offset, len(content), member.name
 
     def close(self) -> Shard | None:
         """Write both files down to the disk; a shard without samples leaves no file and is None."""
-        self._tar.close()
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._file.write(bytes(-self._file.written % tarfile.RECORDSIZE))
         self._file.close()
         if not self._lines:
             (self._folder / f"{self._stem}.tar").unlink()
@@ -54,17 +54,34 @@ class ShardWriter:
             f"{line}\n" for line in (f"{INDEX_VERSION} {len(self._lines)}", *self._lines)
         )
         with (self._folder / f"{self._stem}.idx").open("wb") as file:
-            file.write(index.encode("ascii"))
+            file.write(index)
             file.flush()
             os.fsync(file.fileno())
         return Shard(
             name=f"{self._stem}.tar",
             samples=len(self._lines),
-            bytes=self._file.tell(),
+            bytes=self._file.written,
             sha256=self._file.hexdigest(),
             index=f"{self._stem}.idx",
-            index_sha256=hashlib.sha256(index.encode("ascii")).hexdigest(),
+            index_sha256=hashlib.sha256(index).hexdigest(),
         )
+
+
+def checksum(content: bytes) -> str:
+    """What stands as the owner's name in the header of ``content``."""
+    return f"{zlib.crc32(content):08x}"
+
+
+def index_line(components: list[tuple[str, int, int, str]]) -> str:
+    """The index's line of one sample, from (extension, offset, size, name) of its components."""
+    return " ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in components)
+
+
+def index_bytes(lines: list[str]) -> bytes:
+    """The whole index of the samples with these lines."""
+    return "".join(f"{line}\n" for line in (f"{INDEX_VERSION} {len(lines)}", *lines)).encode(
+        "ascii"
+    )
 
 
 class _HashedFile:
@@ -73,15 +90,12 @@ class _HashedFile:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self._written = 0
+        self.written = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self._digest.update(data)
-        self._written += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._written
+        self.written += len(data)
+        self._file.write(data)
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -75,7 +75,7 @@ def _list_class_folders(tree: Tree) -> Listing:
             f"{tree.name} has {len(listing.classes)} class folders and CIFAR 10 or 100: "
             f"use the source 'folder' for other images"
         )
-    return list_classes(tree, f"cifar{len(listing.classes)}")
+    return replace(listing, name=f"cifar{len(listing.classes)}")
 
 
 def _list_batches(layout: _Layout, tree: Tree, files: dict[str, File], scratch: Path) -> Listing:

@@ -25,8 +25,8 @@ class ImageFolderSource:
         return list_classes(open_tree(self.path, scratch))
 
 
-def list_classes(tree: Tree, name: str | None = None) -> Listing:
-    """The listing of a tree of class folders, under ``name`` or the tree's own.
+def list_classes(tree: Tree) -> Listing:
+    """The listing of a tree of class folders.
 
     Raises ValueError where there is no class folder in ``train`` or where another split has a class
     that ``train`` lacks.
@@ -43,7 +43,7 @@ def list_classes(tree: Tree, name: str | None = None) -> Listing:
         else:
             items.append(Item(split, ids[class_name], file.path, file.offset, file.size))
     return Listing(
-        name=name or tree.name,
+        name=tree.name,
         classes=classes,
         items=items,
         rejected=rejected,
