@@ -50,9 +50,7 @@ class ShardWriter:
         if not self._lines:
             (self._folder / f"{self._stem}.tar").unlink()
             return None
-        index = "".join(
-            f"{line}\n" for line in (f"{INDEX_VERSION} {len(self._lines)}", *self._lines)
-        )
+        index = index_bytes(self._lines)
         with (self._folder / f"{self._stem}.idx").open("wb") as file:
             file.write(index)
             file.flush()
