@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.data.augment import Geometry, Transform
 from pipeline.data.loader import Decoded
 from pipeline.data.prefetch import prefetch
-from pipeline.data.shards import Sample, ShardError, ShardSet
+from pipeline.data.shards import Sample, ShardSet
 
 AHEAD = 2  # decoded batches waiting for the consumer
 
@@ -41,7 +42,7 @@ class DaliReader:
         self._threads = max(workers, 1)
         self._device = device
 
-    def batches(self, epoch: int, first_step: int) -> Iterator[Decoded]:
+    def batches(self, epoch: int, first_step: int) -> Generator[Decoded, None, None]:
         if first_step >= self._transform.plan.steps_per_epoch:
             return
         decoded = prefetch(self._decode(epoch, first_step), AHEAD)
@@ -62,16 +63,20 @@ class DaliReader:
     ) -> Generator[tuple[Any, list[Sample]], None, None]:
         """DALI's output tensors; while one batch is decoded the next is read."""
         pipeline = self._build()
-        waiting: list[Sample] | None = None
+        scheduled: list[Sample] = []
         for step in range(first_step, self._transform.plan.steps_per_epoch):
             encoded = self._read(epoch, step)
-            self._feed(pipeline, encoded)
-            pipeline.schedule_run()
-            if waiting is not None:
-                yield self._output(pipeline, waiting), waiting
-            waiting = encoded.samples
-        if waiting is not None:
-            yield self._output(pipeline, waiting), waiting
+            # A batch that cannot be decoded may already be noticed when the next is scheduled.
+            with _naming_the_culprit([*scheduled, *encoded.samples]):
+                self._feed(pipeline, encoded)
+                pipeline.schedule_run()
+                images = _output(pipeline) if scheduled else None
+            if images is not None:
+                yield images, scheduled
+            scheduled = encoded.samples
+        with _naming_the_culprit(scheduled):
+            images = _output(pipeline)
+        yield images, scheduled
 
     def _read(self, epoch: int, step: int) -> _Encoded:
         transform = self._transform
@@ -93,14 +98,6 @@ class DaliReader:
             pipeline.feed_input("shape", np.ascontiguousarray(boxes[:, 2:]))
         if self._transform.flip:
             pipeline.feed_input("flip", encoded.geometry.flips.astype(np.int32))
-
-    def _output(self, pipeline: Any, samples: list[Sample]) -> Any:
-        try:
-            (images,) = pipeline.share_outputs()
-        except RuntimeError as error:
-            raise _undecodable(samples, error) from error
-        pipeline.release_outputs()
-        return images.as_tensor()
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline
@@ -177,14 +174,25 @@ def _keep_until_used(images: torch.Tensor, in_use: deque[tuple[torch.Tensor, Any
         in_use.popleft()[1].synchronize()
 
 
-def _undecodable(samples: list[Sample], error: RuntimeError) -> ValueError:
-    for sample in samples:
-        try:
-            Image.open(io.BytesIO(sample.data.tobytes())).convert("RGB")
-        except (OSError, SyntaxError) as reason:
-            return ShardError(f"{sample.place}: cannot be decoded ({reason}){sample.cure}")
-    return ShardError(
-        f"DALI cannot decode one of {len(samples)} samples, {samples[0].place} to "
-        f"{samples[-1].place}, though Pillow can ({str(error).splitlines()[0]}): "
-        "prepare the set again"
-    )
+def _output(pipeline: Any) -> Any:
+    """The oldest scheduled batch, (n, size, size, 3) uint8, in memory of its own."""
+    (images,) = pipeline.share_outputs()
+    pipeline.release_outputs()
+    return images.as_tensor()
+
+
+@contextmanager
+def _naming_the_culprit(samples: list[Sample]) -> Iterator[None]:
+    """DALI names no sample when it cannot decode one: find it by decoding again."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sample in samples:
+            try:
+                Image.open(io.BytesIO(sample.data.tobytes())).convert("RGB")
+            except (OSError, SyntaxError):
+                raise sample.undecodable() from error
+        raise samples[0].error(
+            f"DALI cannot decode this or one of the {len(samples) - 1} samples after it, though "
+            f"Pillow can ({str(error).splitlines()[0]}); use reader=torch"
+        ) from error

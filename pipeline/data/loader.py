@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +44,7 @@ class Decoded:
 class Reader(Protocol):
     """Reads, decodes, crops, resizes and flips the batches of a plan."""
 
-    def batches(self, epoch: int, first_step: int) -> Iterator[Decoded]:
+    def batches(self, epoch: int, first_step: int) -> Generator[Decoded, None, None]:
         """The batches of an epoch from a step on; closing the iterator stops all work on them.
 
         Raises ValueError naming shard, key and offset of a sample that cannot be used.
@@ -74,7 +75,8 @@ class Loader:
         )
         self._epoch = 0
         self._step = 0
-        self._running: Iterator[Batch] | None = None
+        # Weak, so that a pass that its consumer drops ends at once.
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,16 +116,18 @@ class Loader:
         self.close()
         if not isinstance(self.plan, BatchPlan):
             self._epoch, self._step = 0, 0
-        self._running = self._rest()
-        return self._running
+        batches = self._rest()
+        self._running = weakref.ref(batches)
+        return batches
 
     def close(self) -> None:
         """Stop the pass that is under way, with its threads, processes and open files."""
-        if self._running is not None:
-            self._running.close()  # type: ignore[attr-defined]
-            self._running = None
+        running = self._running() if self._running is not None else None
+        if running is not None:
+            running.close()
+        self._running = None
 
-    def _rest(self) -> Iterator[Batch]:
+    def _rest(self) -> Generator[Batch, None, None]:
         epoch = self._epoch
         batches = self._reader.batches(epoch, self._step)
         try:
@@ -136,7 +140,7 @@ class Loader:
                 self._advance()
                 yield batch
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
 
     def _advance(self) -> None:
         self._step += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class TorchReader:
         self._workers = workers
         self._device = device
 
-    def batches(self, epoch: int, first_step: int) -> Iterator[Decoded]:
+    def batches(self, epoch: int, first_step: int) -> Generator[Decoded, None, None]:
         import webdataset as wds
 
         steps = self._transform.plan.steps_per_epoch - first_step
@@ -91,7 +91,7 @@ class _PlannedSamples:
             for sample, box, flip in zip(samples, boxes, flips, strict=True):
                 yield {
                     "__key__": sample.key,
-                    "__url__": sample.url,
+                    "__url__": str(sample.shard),
                     sample.extension: sample.data,
                     "cls": sample.label,
                     "box": box,
@@ -109,12 +109,10 @@ class _Decode:
     def __call__(self, item: dict[str, Any]) -> tuple[torch.Tensor, int, str]:
         from torchvision.io import ImageReadMode, decode_image
 
-        sample = item["sample"]
         try:
-            image = decode_image(torch.from_numpy(sample.data), ImageReadMode.RGB)
+            image = decode_image(torch.from_numpy(item["sample"].data), ImageReadMode.RGB)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ShardError(f"{sample.place}: cannot be decoded ({reason}){sample.cure}") from None
+            raise item["sample"].undecodable() from error
         return self._cut(image, item["box"], item["flip"]), item["cls"], item["__key__"]
 
     def _cut(self, image: torch.Tensor, box: list[int] | None, flip: bool) -> torch.Tensor:

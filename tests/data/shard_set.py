@@ -94,7 +94,13 @@ def build(
                 number += 1
             shards.append(write_shard(root, f"{split}-{shard:06d}", samples))
         splits[split] = Split(split, tuple(shards), (0,) * 10)
+    return manifest(root, splits, sizes)
+
+
+def manifest(root: Path, splits: dict[str, Split], sizes: Sequence[tuple[int, int]]) -> Manifest:
+    """What a set of these (height, width) says of itself."""
     heights, widths = zip(*sizes, strict=True)
+    samples = sum(split.samples for split in splits.values())
     return Manifest(
         root=root,
         name="generated",
@@ -103,17 +109,36 @@ def build(
         image_size=(min(heights), max(heights), min(widths), max(widths)),
         channel_mean=(0.5, 0.4, 0.3),
         channel_std=(0.2, 0.25, 0.3),
-        found=number,
-        accepted=number,
+        found=samples,
+        accepted=samples,
         rejected=0,
         settings={},
         tools={},
     )
 
 
-def with_shard(manifest: Manifest, split: str, number: int, shard: Shard) -> Manifest:
+def with_shard(made: Manifest, split: str, number: int, shard: Shard) -> Manifest:
     """The same manifest with another description of one shard."""
-    shards = list(manifest.splits[split].shards)
+    shards = list(made.splits[split].shards)
     shards[number] = shard
-    changed = replace(manifest.splits[split], shards=tuple(shards))
-    return replace(manifest, splits=manifest.splits | {split: changed})
+    changed = replace(made.splits[split], shards=tuple(shards))
+    return replace(made, splits=made.splits | {split: changed})
+
+
+def from_tar(root: Path, source: Path, count: int) -> Manifest:
+    """A set of the first JPEGs of a tar, all of them in both splits."""
+    samples = []
+    sizes = []
+    with tarfile.open(source) as tar:
+        for member in tar:
+            if member.isfile() and len(samples) < count:
+                file = tar.extractfile(member)
+                assert file is not None
+                data = file.read()
+                sizes.append(Image.open(io.BytesIO(data)).size[::-1])
+                samples.append((f"photo-{len(samples):04d}", "jpg", data, b"0"))
+    splits = {
+        name: Split(name, (write_shard(root, f"{name}-000000", samples),), (count, *(0,) * 9))
+        for name in ("train", "test")
+    }
+    return manifest(root, splits, sizes)
