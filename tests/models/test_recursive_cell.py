@@ -37,14 +37,16 @@ class Scripted(Router):
 
 
 class Recorded(torch.nn.Module):
-    """A cell that adds one everywhere but in the sample's number, and counts its samples."""
+    """A cell that adds one everywhere but in the sample's number, and notes what it is given."""
 
     def __init__(self):
         super().__init__()
         self.samples = []
+        self.steps = []
 
     def forward(self, x, step):
         self.samples.append(len(x))
+        self.steps.append(step)
         y = x + 1
         y[:, 0, 0, 0] = x[:, 0, 0, 0]
         return y
@@ -119,6 +121,10 @@ def test_who_left_the_loop_stays_out(training):
     assert torch.equal(route.weights, executed.T.float())
     assert torch.equal(y[:, 1, 1, 1], executed.sum(0).float())
     assert recursive.cell.samples == ([N, N, N] if training else [4, 3, 2])
+    assert [step.index for step in recursive.cell.steps] == [0, 1, 2]
+    if training:
+        told = torch.stack([step.executed for step in recursive.cell.steps])
+        assert torch.equal(told, executed.bool()), "the norms must know who takes part"
 
 
 def test_nothing_is_computed_once_all_have_left():
@@ -132,14 +138,27 @@ def test_nothing_is_computed_once_all_have_left():
     assert torch.equal(y[:, 1, 1, 1], torch.ones(N))
 
 
+def _random_statistics(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+def test_skipping_equals_masking_where_nobody_skips():
+    recursive = _cell(Gate(C, target=0.7)).eval()
+    _random_statistics(recursive)
+    x = torch.randn(N, C, SIDE, SIDE)
+    y, weights = recursive.skipping(x)
+    assert weights.all(), "a new gate lets everybody in"
+    assert torch.equal(y, recursive.masked(x)[0])
+
+
 @pytest.mark.parametrize("norm", ["shared", "per_step", "gated_per_step"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_skipping_equals_masking(norm, layout):
     recursive = _cell(Gate(C, target=0.7), norm, steps=4).eval()
-    for module in recursive.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+    _random_statistics(recursive)
     x = torch.randn(32, C, SIDE, SIDE) + 4 * torch.randn(32, C, 1, 1)
     x = x.to(memory_format=layout)
     undecided(recursive, x)
