@@ -45,16 +45,21 @@ class ResNet(Network):
         self.norm = BatchNorm(CHANNELS[0], sync=sync_norm)
         self.stages = nn.ModuleList()
         channels = CHANNELS[0]
-        for s, (width, steps) in enumerate(zip(CHANNELS, layout, strict=True)):
+        for s, (width, stage) in enumerate(zip(CHANNELS, layout, strict=True)):
             cells = []
-            for c, n in enumerate(steps):
-                bank = partial(BANKS[norm if n > 1 else "per_step"], steps=n, sync=sync_norm)
-                stride = 2 if s > 0 and c == 0 else 1
-                cell = BasicCell(channels, width, stride=stride, norm=bank)
+            for c, steps in enumerate(stage):
+                # The bank of a cell used once has one norm, whatever the recursive ones have.
+                bank = BANKS[norm if steps > 1 else "per_step"]
+                cell = BasicCell(
+                    channels,
+                    width,
+                    stride=2 if s > 0 and c == 0 else 1,
+                    norm=partial(bank, steps=steps, sync=sync_norm),
+                )
                 router: Router = FixedRouter()
-                if n > 1 and target is not None:
+                if steps > 1 and target is not None:
                     router = Gate(width, target=target)
-                cells.append(RecursiveCell(f"stages.{s}.{c}", cell, steps=n, router=router))
+                cells.append(RecursiveCell(f"stages.{s}.{c}", cell, steps=steps, router=router))
                 channels = width
             self.stages.append(Stage(cells))
         self.classifier = nn.Linear(channels, num_classes)
@@ -63,7 +68,7 @@ class ResNet(Network):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Output:
-        """images (N, 3, H, W), H and W divisible by 4."""
+        """images (N, 3, H, W), of any size."""
         x = F.relu(self.norm(self.stem(images)))
         routes: tuple[CellRoute, ...] = ()
         for stage in self.stages:
