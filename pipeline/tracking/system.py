@@ -30,22 +30,22 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the sampling; what was sampled since the last point becomes the last point."""
+        """Ends the sampling with a last point, so that the shortest run has one."""
         self._stop.set()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
         monitors = _monitors()
         samples = 0
-        while not self._stop.wait(SAMPLE_SECONDS):
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(SAMPLE_SECONDS)
             for monitor in monitors:
                 monitor.collect_metrics()
             samples += 1
-            if samples == SAMPLES_PER_POINT:
+            if stopped or samples == SAMPLES_PER_POINT:
                 self._publish(monitors)
                 samples = 0
-        if samples:
-            self._publish(monitors)
 
     def _publish(self, monitors: list[Any]) -> None:
         values: dict[str, float] = {}

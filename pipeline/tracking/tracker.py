@@ -1,5 +1,6 @@
 """The training process's side of tracking."""
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -155,9 +156,12 @@ class Tracker:
         """
         self._append({"status": status})
         self._journal.close()
-        if self._process is None or self._process.poll() is not None:
-            self._process = _spawn(self._run_dir, "follow")
-        return _end(self._run_dir, self._process, timeout)
+        until = time.monotonic() + timeout
+        code = _end(self._process, until) if self._process else None
+        if code is None or (code < 0 and time.monotonic() < until):
+            # Nobody sends, or who did was killed (by hand, for want of memory): another takes over.
+            code = _end(_spawn(self._run_dir, "follow"), until)
+        return _is_done(self._run_dir, code)
 
     def state_dict(self) -> dict[str, str | None]:
         """Which MLflow run this is, for a checkpoint."""
@@ -207,7 +211,8 @@ def replay(run_dir: Path, timeout: float = 60.0) -> bool:
     run_dir = run_dir.resolve()
     if Identity.load(run_dir) is None or (Sent.load(run_dir).closed and not _left(run_dir)):
         return True
-    return _end(run_dir, _spawn(run_dir, "drain"), timeout)
+    code = _end(_spawn(run_dir, "drain"), time.monotonic() + timeout)
+    return _is_done(run_dir, code)
 
 
 def _left(run_dir: Path) -> int:
@@ -236,20 +241,21 @@ def _spawn(run_dir: Path, mode: Literal["follow", "drain"]) -> "subprocess.Popen
         )
 
 
-def _end(run_dir: Path, process: "subprocess.Popen[bytes]", timeout: float) -> bool:
-    """Asks the sender to end and waits for it, then ends it; says what is left."""
-    until = time.monotonic() + timeout
+def _end(process: "subprocess.Popen[bytes]", until: float) -> int:
+    """Asks the sender to end, ends it at `until` (monotonic seconds), and answers its status."""
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.write(b"\n")
         process.stdin.close()
-    except BrokenPipeError:
-        pass
     try:
-        code = process.wait(max(0.0, until - time.monotonic()))
+        return process.wait(max(0.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
-        code = process.wait()
+        return process.wait()
+
+
+def _is_done(run_dir: Path, code: int) -> bool:
+    """Whether a sender's status means that nothing is left; where something is, says what."""
     if code in (DRAINED, BUSY):
         return True
     identity = Identity.load(run_dir)

@@ -33,16 +33,9 @@ def wait_for(condition, seconds=40.0):
 
 def senders(run_dir):
     """Processes that carry this run directory's journal."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if (
-            str(run_dir) in command
-            and "pipeline.tracking" in command
-            and process.status() != psutil.STATUS_ZOMBIE
-        ):
-            found.append(process)
-    return found
+    mine = {"pipeline.tracking", str(run_dir)}
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if mine <= set(process.info["cmdline"] or [])]
 
 
 def log_has(run_dir, text):
