@@ -2,28 +2,118 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import write_atomically
-from pipeline import evaluate
+from pipeline.analysis import (
+    contents,
+    examples,
+    execution_rates,
+    learning_curves,
+    step_histogram,
+)
+from pipeline.analysis.contents import Run
+from pipeline.config import Config
 from pipeline.run_directory import RunDirectory
+
+# Where a run's files are and how fast they are read does not decide what it learns.
+_MATTERS_NOT = ("data.path", "data.reader", "data.workers", "data.eval_batch_size", "experiment")
 
 
 def write(directory: RunDirectory) -> Path:
-    """Write the page of a run into its directory.
+    """Write the page of a run, finished or not, into its directory.
+
+    The same run directory gives the same bytes. What cannot be shown is named on the page.
 
     Raises:
         ConfigError: this is not a run directory.
+        ValueError: the configuration names a model that does not exist here.
     """
-    from jinja2 import Environment, PackageLoader
-
-    config = directory.read_config()
-    folders = sorted(path.parent for path in directory.evaluation.glob(f"*/{evaluate.SUMMARY}"))
-    environment = Environment(loader=PackageLoader("pipeline", "analysis"), autoescape=True)
-    page = environment.get_template("report.html").render(
-        run=directory.path.resolve().name,
-        config=config,
-        evaluations={folder.name: evaluate.load(folder)[0] for folder in folders},
-    )
-    write_atomically(directory.report, page.encode())
+    write_atomically(directory.report, render(contents.read(directory)).encode())
     return directory.report
+
+
+def render(run: Run) -> str:
+    """The page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipeline", "analysis"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "millions": _millions}
+    return environment.get_template("report.html").render(
+        run=run,
+        config=run.config,
+        quote=quoted(run.config),
+        curves=learning_curves.draw(run),
+        rates=execution_rates.draw(run),
+        rate_table=execution_rates.table(run),
+        most_steps=max((cell.steps for cell in run.cost.cells.values()), default=0),
+        **_executed_steps(run),
+        **_examples(run),
+    )
+
+
+@dataclass(frozen=True)
+class Quote:
+    """The figure of the paper whose recipe a run follows.
+
+    `changes` are the settings in which the run differs: (key, the run's, the recipe's).
+    """
+
+    figure: str
+    changes: list[tuple[str, Any, Any]]
+
+
+def quoted(config: Config) -> Quote | None:
+    """None where the run's recipe has no figure in a paper."""
+    from pipeline.recipes import RECIPES
+
+    recipe = RECIPES.get(config.name)
+    if recipe is None or not recipe.reported:
+        return None
+    own, original = config.flat(), recipe.config().flat()
+    changes = [
+        (key, own.get(key), original.get(key))
+        for key in {**original, **own}
+        if own.get(key) != original.get(key) and key not in _MATTERS_NOT
+    ]
+    return Quote(recipe.reported, changes)
+
+
+def _executed_steps(run: Run) -> dict[str, Any]:
+    if run.main is None or not run.gated:
+        return {"steps": None, "deviation": None}
+    summary = run.main.summary
+    return {
+        "steps": step_histogram.draw(
+            summary.steps_histogram, summary.mean_steps, run.expected_steps
+        ),
+        "deviation": step_histogram.deviation(summary.steps_histogram),
+    }
+
+
+def _examples(run: Run) -> dict[str, Any]:
+    """The columns of images, or the reason why there are none."""
+    if run.main is None:
+        return {"columns": [], "no_images": ""}
+    try:
+        columns = examples.columns(run, run.main)
+    except (OSError, ValueError) as error:
+        return {"columns": [], "no_images": str(error)}
+    few = "" if columns else "No category has two images to compare."
+    return {"columns": columns, "no_images": few}
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _millions(multiply_adds: float) -> str:
+    return f"{multiply_adds / 1e6:,.2f} M"

@@ -1,0 +1,116 @@
+"""How every figure of the report looks, and how it becomes part of the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from pipeline.analysis.contents import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which remain distinct in every form of colour blindness. The page gives
+# each name a value for light and one for dark (`report.html`); these are the light ones.
+INK, MUTED, GRID = "#1f2430", "#626b7a", "#d9dde4"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#b07a00", "#2f9fd6")
+_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {
+    color: f"series-{i}" for i, color in enumerate(SERIES, 1)
+}
+_STYLE = {
+    "svg.hashsalt": "reprise",
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+}
+POINTS = 150
+
+
+@dataclass
+class Picture:
+    """One figure: `svg` is there once it has been drawn; `description` is for those who hear it."""
+
+    name: str
+    description: str
+    svg: Markup = Markup("")
+
+
+@contextmanager
+def drawing(picture: Picture, width: float = 4.3, height: float = 2.7) -> Iterator[Axes]:
+    """Axes to draw on, in inches; leaving the block turns them into the picture's SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        yield figure.add_subplot(facecolor="none")
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    picture.svg = _inline(buffer.getvalue(), picture)
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend that can cover no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        ncols=len(labels),
+        columnspacing=1.2,
+    )
+
+
+def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """At most `POINTS` points, each the mean of as many neighbours: long runs stay small pages."""
+    if len(x) <= POINTS:
+        return x, y
+    groups = np.array_split(np.arange(len(x)), POINTS)
+    return np.array([x[g].mean() for g in groups]), np.array([y[g].mean() for g in groups])
+
+
+def _inline(svg: str, picture: Picture) -> Markup:
+    """The element alone, its colours the page's, its ids its own, its numbers short."""
+    svg = svg[svg.index("<svg") :]
+    for color, name in _NAMES.items():
+        svg = svg.replace(color, f"var(--{name})")
+    for reference in ('id="', 'href="#', "url(#"):
+        svg = svg.replace(reference, f"{reference}{picture.name}-")
+    svg = re.sub(r' d="([^"]+)"', lambda path: _rounded(path.group()), svg)
+    label = f'<svg role="img" aria-label="{escape(picture.description)}"'
+    return Markup(svg.replace("<svg", label, 1))
+
+
+def _rounded(path: str) -> str:
+    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number.group()):.2f}", path)
