@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.analysis.contents import Run
-from pipeline.analysis.figure import SERIES, Picture, drawing, thin
+from pipeline.analysis.figure import SERIES, Picture, drawing, markers, over_epochs, thin
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,10 @@ def _cell(run: Run, number: int, cell: str, steps: list[tuple[int, float]]) -> P
                 linewidth=0.9,
                 alpha=0.75,
             )
-            axes.plot(
-                *thin(*run.series(f"eval_rate/{cell}/{step}")),
-                color=color,
-                marker="o",
-                markersize=3.2,
-                linewidth=1.7,
-            )
-        axes.set(title=cell, xlabel="epoch", ylabel="images executing, %", ylim=(-0.03, 1.05))
+            epochs, rates = thin(*run.series(f"eval_rate/{cell}/{step}"))
+            axes.plot(epochs, rates, color=color, linewidth=1.7, **markers(epochs, 3.2))
+        over_epochs(axes)
+        axes.set(title=cell, ylabel="images executing, %", ylim=(-0.03, 1.05))
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
     return picture
 

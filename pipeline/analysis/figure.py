@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -51,7 +52,8 @@ _STYLE = {
     "legend.frameon": False,
     "legend.handlelength": 1.4,
 }
-POINTS = 150
+POINTS = 120
+MARKERS = 30
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Picture:
 
     name: str
     description: str
-    svg: Markup = Markup("")
+    svg: Markup = field(default_factory=Markup)
 
 
 @contextmanager
@@ -78,7 +80,14 @@ def drawing(picture: Picture, width: float = 4.3, height: float = 2.7) -> Iterat
     picture.svg = _inline(buffer.getvalue(), picture)
 
 
-def legend_above(axes: Axes) -> None:
+def over_epochs(axes: Axes) -> None:
+    """The horizontal axis that all curves of a run share."""
+    axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True, nbins=7)
+
+
+def legend_above(axes: Axes, columns: int = 4) -> None:
     """A legend that can cover no data."""
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
@@ -87,7 +96,7 @@ def legend_above(axes: Axes) -> None:
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
-        ncols=len(labels),
+        ncols=columns,
         columnspacing=1.2,
     )
 
@@ -100,17 +109,26 @@ def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return np.array([x[g].mean() for g in groups]), np.array([y[g].mean() for g in groups])
 
 
+def markers(x: Floats, size: float) -> dict[str, Any]:
+    """Plot options that mark points, of many points only some."""
+    return {"marker": "o", "markersize": size, "markevery": max(1, math.ceil(len(x) / MARKERS))}
+
+
 def _inline(svg: str, picture: Picture) -> Markup:
-    """The element alone, its colours the page's, its ids its own, its numbers short."""
+    """The element alone: its colours and fonts the page's, its ids its own, its numbers short."""
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>|<!--.*?-->|font-family: [^;]+; ", "", svg, flags=re.DOTALL)
+    # Groups are never referred to, and their names are the same in every figure.
+    svg = re.sub(r'<g id="[^"]+">', "<g>", svg)
+    svg = re.sub(r' (d|x|y|transform)="[^"]+"', lambda found: _rounded(found.group()), svg)
+    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
     for color, name in _NAMES.items():
         svg = svg.replace(color, f"var(--{name})")
     for reference in ('id="', 'href="#', "url(#"):
         svg = svg.replace(reference, f"{reference}{picture.name}-")
-    svg = re.sub(r' d="([^"]+)"', lambda path: _rounded(path.group()), svg)
     label = f'<svg role="img" aria-label="{escape(picture.description)}"'
     return Markup(svg.replace("<svg", label, 1))
 
 
-def _rounded(path: str) -> str:
-    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number.group()):.2f}", path)
+def _rounded(attribute: str) -> str:
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number.group()):.2f}", attribute)

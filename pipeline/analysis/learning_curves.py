@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pipeline.analysis.contents import Run
-from pipeline.analysis.figure import SERIES, Picture, drawing, legend_above, thin
+from pipeline.analysis.figure import (
+    SERIES,
+    Picture,
+    drawing,
+    legend_above,
+    markers,
+    over_epochs,
+    thin,
+)
 
 _TERMS = {
-    "train/loss": "training, all terms",
-    "train/cross_entropy": "training, cross entropy",
-    "train/execution_rate": "training, execution rate",
-    "eval/loss": "evaluation, cross entropy",
+    "train/loss": "training: sum",
+    "train/cross_entropy": "training: cross entropy",
+    "train/execution_rate": "training: execution rate",
+    "eval/loss": "evaluation: cross entropy",
 }
 
 
@@ -29,9 +39,12 @@ def _loss(run: Run) -> Picture | None:
     picture = Picture("loss", "Loss terms over the epochs, logarithmic scale.")
     with drawing(picture) as axes:
         for color, (name, (epochs, values)) in zip(SERIES, found.items(), strict=False):
-            marker = {"marker": "o", "markersize": 2.8} if name.startswith("eval") else {}
-            axes.plot(*thin(epochs, values), color=color, label=_TERMS[name], **marker)
-        axes.set(xlabel="epoch", ylabel="loss, nats", yscale="log")
+            epochs, values = thin(epochs, values)
+            marked = markers(epochs, 2.8) if name.startswith("eval") else {}
+            axes.plot(epochs, values, color=color, label=_TERMS[name], **marked)
+        axes.set(ylabel="loss, nats", yscale="log")
+        over_epochs(axes)
+        legend_above(axes, columns=2)
     return picture
 
 
@@ -44,8 +57,9 @@ def _accuracy(run: Run) -> Picture | None:
         for color, name in zip(SERIES, names, strict=False):
             epochs, values = thin(*run.series(name))
             label = f"top-{name[-1]}"
-            axes.plot(epochs, 100 * values, color=color, marker="o", markersize=2.8, label=label)
-        axes.set(xlabel="epoch", ylabel="accuracy, %")
+            axes.plot(epochs, 100 * values, color=color, label=label, **markers(epochs, 2.8))
+        axes.set_ylabel("accuracy, %")
+        over_epochs(axes)
         legend_above(axes)
     return picture
 
@@ -61,8 +75,9 @@ def _learning_rate(run: Run) -> Picture | None:
     with drawing(picture) as axes:
         for color, (values, names) in zip(SERIES, labels.items(), strict=False):
             epochs, _ = groups[f"lr/{names[0]}"]
-            axes.plot(epochs, values, color=color, label=", ".join(names))
-        axes.set(xlabel="epoch", ylabel="learning rate")
+            axes.plot(*thin(epochs, np.array(values)), color=color, label=", ".join(names))
+        axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
+        over_epochs(axes)
         legend_above(axes)
     return picture
