@@ -5,8 +5,9 @@ import os
 import signal
 import time
 
+from stores import Store, assert_steps_once, log_has, wait_for
+
 from pipeline.tracking import history, replay
-from tests.tracking.conftest import Store, assert_steps_once, log_has, wait_for
 
 EXPERIMENT = "digits"
 

@@ -10,12 +10,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from stores import Store, assert_steps_once, log_has, senders, wait_for
 
 from pipeline.tracking import history, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outlet import Outlet
 from pipeline.tracking.sender import DRAINED, LEFT, Sender
-from tests.tracking.conftest import Store, assert_steps_once, log_has, senders, wait_for
 
 CONNECTED = "sending to run"
 
