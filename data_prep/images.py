@@ -17,6 +17,8 @@ BYTE_LIMIT = 256 * 2**20
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _REENCODED = ("BMP", "PPM", "GIF")
 _FORMATS = ("JPEG", "PNG", *_REENCODED)
+_MARKER = 0xFF
+_START_OF_SCAN = 0xDA
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -93,8 +95,8 @@ def _decoded(image: Image.Image, data: bytes) -> CheckedImage:
         data = encode_png(image)
     elif name == "PNG":
         _refuse_png(data, frames)
-    elif image.mode not in ("L", "RGB"):
-        raise RejectedImageError(f"JPEG in mode {image.mode}, which readers decode differently")
+    else:
+        _refuse_jpeg(image, data)
     pixels = image.convert("RGB")
     return CheckedImage(
         data=data,
@@ -102,6 +104,21 @@ def _decoded(image: Image.Image, data: bytes) -> CheckedImage:
         height=pixels.height,
         width=pixels.width,
         histogram=pixels.histogram(),
+    )
+
+
+def _refuse_jpeg(image: Image.Image, data: bytes) -> None:
+    if image.mode not in ("L", "RGB"):
+        raise RejectedImageError(f"JPEG in mode {image.mode}, which readers decode differently")
+    position = 2
+    while data[position] == _MARKER:
+        while data[position] == _MARKER:  # any number of them may stand before a marker's code
+            position += 1
+        if data[position] == _START_OF_SCAN:
+            return
+        position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
+    raise RejectedImageError(
+        f"JPEG with stray bytes at {position}, which Pillow skips and DALI stops at"
     )
 
 

@@ -160,7 +160,12 @@ def _members(checked: _Checked, data: bytes) -> Iterator[tarfile.TarInfo]:
         if position > len(data):
             checked.report(f"{member.name} is cut", offset=member.offset_data)
             return
+        end = member.offset_data + member.size
+        if data[end:position].strip(b"\0"):
+            checked.report(f"the filling after {member.name} is not empty", offset=end)
         yield member
+    if data[position:].strip(b"\0"):
+        checked.report("the filling at its end is not empty", offset=position)
 
 
 def _extension(member: tarfile.TarInfo) -> str:

@@ -1,0 +1,55 @@
+"""Small images and sources that the tests of preparation are made of."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed: int, height: int = 12, width: int = 10) -> Image.Image:
+    """A smooth colour image, different for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def jpeg(seed: int, height: int = 12, width: int = 10) -> bytes:
+    return encoded(picture(seed, height, width))
+
+
+def class_folders(root: Path, train: int = 6, test: int = 3) -> Path:
+    """Three classes with ``train`` and ``test`` JPEGs each, all different in size or content."""
+    number = 0
+    for split, count in (("train", train), ("test", test)):
+        for name in ("ant", "bee", "cow"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                (folder / f"{n:03d}.jpg").write_bytes(jpeg(number, 8 + n, 10 + 2 * n))
+                number += 1
+    return root
+
+
+def pack(folder: Path, archive: Path, leading: str = "") -> Path:
+    """The folder as an archive; ``leading`` is put before each name."""
+    mode = "w:gz" if archive.name.endswith("gz") else "w"
+    with tarfile.open(archive, mode) as tar:
+        for path in sorted(folder.rglob("*")):
+            tar.add(path, f"{leading}{path.relative_to(folder)}", recursive=False)
+    return archive
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones included, with its bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
