@@ -271,7 +271,9 @@ def test_readers_agree_on_photographs(shared_data, tmp_path):
             assert a.keys == b.keys
             difference = (a.images - b.images).abs() / LEVEL
             assert difference.mean() < 0.5
-            assert difference.max() < 6
+            # Decoding only the crop interpolates chroma differently along its edge.
+            assert (difference > 2.05).float().mean() < 1e-2
+            assert difference[..., 2:-2, 2:-2].max() < 4
 
 
 @pytest.mark.gpu
