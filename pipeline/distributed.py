@@ -75,7 +75,8 @@ class World:
         )
 
     def stop(self) -> None:
-        if dist.is_initialized():
+        """Leave the group; a lone process keeps its own, which DeepSpeed holds on to."""
+        if dist.is_initialized() and self.world_size > 1:
             dist.destroy_process_group()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

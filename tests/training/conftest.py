@@ -1,0 +1,91 @@
+"""A tiny real shard set (64 training images in uneven shards) and runs of a tiny network on it."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.prepare import prepare
+from data_prep.sources import open_source
+from jobs.tasks import LocalRanks, Train
+from pipeline import config
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.run_directory import RunDirectory
+from pipeline.training.checkpoint import CheckpointStore, read_state
+from tests.data import shard_set
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images, root = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("sets") / "tiny"
+    for split, count in (("train", 64), ("test", 16)):
+        for number in range(count):
+            file = images / split / f"class{number % 4}" / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(shard_set.encode(shard_set.picture(number), "png"))
+    prepare(open_source("folder", images), root, samples_per_shard=40)
+    return root
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Configurations of 64 images, batch 16: four steps an epoch, three epochs."""
+
+    shards: Path
+
+    def config(self, **overrides: Any) -> Config:
+        values = {
+            "name": "tiny",
+            "model": "dr_resnet16",
+            "data": {"path": str(self.shards), "augment": {"crop": "pad", "size": 32}},
+            "optimizer": {"lr": 0.05, "nesterov": True, "weight_decay": 5e-4},
+            "schedule": {"name": "one_cycle"},
+            "train": {"epochs": 3, "batch_size": 16, "evaluate_every": 3},
+        }
+        return config.build(values, [f"{key}={value}" for key, value in overrides.items()])
+
+
+@pytest.fixture
+def tiny(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tiny:
+    monkeypatch.chdir(tmp_path)  # the tracking store is made in the working folder
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tiny(shards)
+
+
+def train(config: Config, run: Path, *, nproc: int = 1, stop_after: int | None = None) -> int:
+    """Train as the command does; the exit status."""
+    task: Callable[[], int] = Train(config, run, quiet=True, stop_after=stop_after)
+    return LocalRanks(task, nproc)() if nproc > 1 else task()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What two runs that did the same have in common: weights, and the ordered sample keys."""
+
+    weights: str
+    averages: str
+    keys: tuple[str, ...]
+
+
+def trace(run: Path) -> Trace:
+    """Hashes of the newest checkpoint."""
+    found = CheckpointStore(RunDirectory(run).checkpoints, World(), 1).newest()
+    assert found is not None
+    ranks = [read_state(path) for path in sorted(found.path.glob("rank-*.safetensors"))]
+    averages = found.load("average")["network"] if "average" in found.states else {}
+    return Trace(
+        weights=digest(found.load("model")),
+        averages=digest(averages),
+        keys=tuple(rank["progress"]["keys_digest"] for rank in ranks),
+    )
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(name.encode() + tensor.numpy().tobytes())
+    return total.hexdigest()
