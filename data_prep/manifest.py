@@ -18,7 +18,7 @@ LOCK_NAME = ".prepare.lock"
 SCHEMA_VERSION = 1
 TRAIN = "train"
 
-_CURE = "prepare the set again with `reprise prep ...`"
+_CURE = "delete the folder and prepare the set again with `reprise prep ...`"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Manifest:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
-                f"{root} holds no {MANIFEST_NAME}, so no finished shard set: {_CURE}"
+                f"{root} holds no {MANIFEST_NAME}, so no finished shard set: "
+                f"make one with `reprise prep ...`"
             ) from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is damaged ({error}): {_CURE}") from None
@@ -147,7 +148,11 @@ class Manifest:
         """The first contradiction between the manifest's own numbers, or None."""
         if len(set(self.classes)) != len(self.classes):
             return "a class name occurs twice"
+        if TRAIN not in self.splits:
+            return f"it has no split {TRAIN!r}"
         for key, split in self.splits.items():
+            if not split.samples:
+                return f"split {key!r} holds no samples"
             if key != split.name:
                 return f"split {key!r} calls itself {split.name!r}"
             if len(split.counts) != len(self.classes):

@@ -16,7 +16,7 @@ from PIL import features
 
 from data_prep.facts import Facts
 from data_prep.images import RejectedImageError, check, own_pixel_limit
-from data_prep.listing import Listing, Reader, Rejection, Source
+from data_prep.listing import FolderReader, Listing, Reader, Rejection, Source
 from data_prep.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -83,6 +83,7 @@ def prepare(
             _refuse_foreign(out)
         with _workspace(out) as work:
             listing = source.open(work / "scratch")
+            _refuse_own_output(listing, out)
             settings: dict[str, Any] = {
                 **listing.settings,
                 "seed": seed,
@@ -155,6 +156,12 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(
             f"{out} holds {foreign[0]!r} and no shard set: give a new or an empty folder"
         )
+
+
+def _refuse_own_output(listing: Listing, out: Path) -> None:
+    reader = listing.reader
+    if isinstance(reader, FolderReader) and out.resolve().is_relative_to(reader.root.resolve()):
+        raise ValueError(f"{out} lies within the source {reader.root}: give a folder outside of it")
 
 
 def _refuse_other(finished: Manifest, settings: dict[str, Any]) -> None:
@@ -237,7 +244,7 @@ def _manifest(
         parts.setdefault(shard_plan.split, Facts([0] * len(listing.classes))).add(packed.facts)
         shards.setdefault(shard_plan.split, []).extend([packed.shard] if packed.shard else [])
     _refuse_empty(listing, shards, rejected)
-    _warn_of_empty_classes(listing, parts)
+    _warn_of_gaps(listing, parts)
     mean, std = parts[TRAIN].channel_statistics()
     accepted = sum(total.counts)
     return Manifest(
@@ -276,7 +283,9 @@ def _refuse_empty(
             )
 
 
-def _warn_of_empty_classes(listing: Listing, parts: dict[str, Facts]) -> None:
+def _warn_of_gaps(listing: Listing, parts: dict[str, Facts]) -> None:
+    if len(parts) == 1:
+        logger.warning("%s has no val or test: nothing to evaluate on", listing.name)
     for split, facts in sorted(parts.items()):
         empty = [
             name for name, count in zip(listing.classes, facts.counts, strict=True) if not count

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from data_prep.listing import FolderReader, Item, RangeReader, Reader
 
@@ -102,13 +103,15 @@ def _file(path: Path, root: Path) -> File:
     name = path.relative_to(root).as_posix()
     try:
         status = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return File(name, 0, 0, "a link that leads nowhere")
+    except OSError as error:
+        _raise(error)
     problem = None if stat.S_ISREG(status.st_mode) else "not a regular file"
     return File(name, 0, status.st_size, problem)
 
 
-def _raise(error: OSError) -> None:
+def _raise(error: OSError) -> NoReturn:
     raise ValueError(
         f"cannot list {error.filename} ({error.strerror}): make it readable or take it out"
     )

@@ -64,6 +64,8 @@ def test_no_set_names_the_cure(tmp_path):
         (lambda c: c["classes"].reverse(), "class_map_sha256"),
         (lambda c: c.update(accepted=28), "accepted is 28"),
         (lambda c: c.update(found=28), "is not found 28"),
+        (lambda c: c["splits"].pop("train"), "has no split 'train'"),
+        (lambda c: c["splits"]["test"].update(shards=[]), "'test' holds no samples"),
         (lambda c: c["splits"]["train"].update(counts=[6, 6, 7]), "counts 19 samples by class"),
         (lambda c: c["splits"]["train"].update(counts=[9, 9]), "counts 2 classes of 3"),
         (lambda c: c["splits"]["train"].update(name="val"), "calls itself 'val'"),

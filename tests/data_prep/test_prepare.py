@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,21 @@ def test_foreign_files_are_left_alone(source_folder, tmp_path):
     assert contents(out) == {"train-000000.tar": b"mine"}
     with pytest.raises(ValueError, match="is a file: give a folder"):
         run(source_folder, out / "train-000000.tar")
+
+
+def test_writing_into_the_source_is_refused(source_folder, tmp_path):
+    before = contents(source_folder)
+    (tmp_path / "link").symlink_to(source_folder)
+    for out in (source_folder / "shards", tmp_path / "link" / "train" / "shards"):
+        with pytest.raises(ValueError, match="lies within the source"):
+            run(source_folder, out)
+    assert contents(source_folder) == before
+
+
+def test_a_source_without_evaluation_images_warns(source_folder, tmp_path, caplog):
+    shutil.rmtree(source_folder / "test")
+    assert list(run(source_folder, tmp_path / "set").splits) == ["train"]
+    assert "insects has no val or test: nothing to evaluate on" in caplog.text
 
 
 def test_a_refused_source_leaves_nothing(source_folder, tmp_path):

@@ -140,6 +140,10 @@ def test_folders_that_make_no_set_are_refused(source_folder, tmp_path):
         listed(open_source("folder", tmp_path / "empty"), tmp_path / "scratch")
     with pytest.raises(FileNotFoundError, match="does not exist: give a folder"):
         listed(open_source("folder", tmp_path / "none"), tmp_path / "scratch")
+    (source_folder / "test" / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(ValueError, match=r"cannot list .*loop.jpg"):
+        listed(open_source("folder", source_folder), tmp_path / "scratch")
+    (source_folder / "test" / "loop.jpg").unlink()
     (source_folder / "test" / "dog").mkdir()
     with pytest.raises(ValueError, match="'dog' in test and not in train"):
         listed(open_source("folder", source_folder), tmp_path / "scratch")
