@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_prep.manifest import Manifest
 from pipeline.analysis.contents import Evaluation, Run
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.evaluate import Samples
@@ -84,37 +85,48 @@ def columns(run: Run, evaluation: Evaluation) -> list[Column]:
     """
     if run.manifest is None:
         raise ValueError("The images cannot be shown: " + "; ".join(run.notes))
-    manifest = run.manifest
-    picks = pick(evaluation.samples)
+    manifest, samples = run.manifest, evaluation.samples
+    counts = np.bincount(samples.labels, minlength=len(manifest.classes))
+    if counts.tolist() != list(manifest.evaluation.counts):
+        raise _not_evaluated(manifest)
     shards = ShardSet(manifest, manifest.evaluation)
     try:
         return [
             Column(
                 manifest.classes[found.label],
-                [_example(shards, manifest.classes, evaluation.samples, i) for i in found.easiest],
-                [_example(shards, manifest.classes, evaluation.samples, i) for i in found.hardest],
+                _examples(manifest, shards, samples, found.easiest),
+                _examples(manifest, shards, samples, found.hardest),
             )
-            for found in picks
+            for found in pick(samples)
         ]
     finally:
         shards.close()
 
 
-def _example(shards: ShardSet, classes: tuple[str, ...], samples: Samples, index: int) -> Example:
-    key = str(samples.keys[index])
-    (sample,) = shards.read([index]) if index < len(shards) else (None,)
-    if sample is None or sample.key != key:
-        raise ValueError(
-            f"The images cannot be shown: {shards.root} is not the shard set that was evaluated "
-            f"(its sample {index} is not {key}); repeat the evaluation with `reprise eval RUN`"
+def _examples(
+    manifest: Manifest, shards: ShardSet, samples: Samples, indices: tuple[int, ...]
+) -> list[Example]:
+    examples = []
+    for index, sample in zip(indices, shards.read(np.array(indices)), strict=True):
+        label, predicted = int(samples.labels[index]), int(samples.predictions[index])
+        if (sample.key, sample.label) != (str(samples.keys[index]), label):
+            raise _not_evaluated(manifest)
+        examples.append(
+            Example(
+                sample.key,
+                _data_uri(sample),
+                int(samples.steps[index].sum()),
+                float(samples.losses[index]),
+                manifest.classes[predicted] if predicted != label else None,
+            )
         )
-    label, predicted = int(samples.labels[index]), int(samples.predictions[index])
-    return Example(
-        key,
-        _data_uri(sample),
-        int(samples.steps[index].sum()),
-        float(samples.losses[index]),
-        classes[predicted] if predicted != label else None,
+    return examples
+
+
+def _not_evaluated(manifest: Manifest) -> ValueError:
+    return ValueError(
+        f"The images cannot be shown: {manifest.root} is not the shard set that was evaluated; "
+        "repeat the evaluation with `reprise eval RUN`"
     )
 
 

@@ -25,7 +25,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#b07a00", "#2f9fd6")
 _NAMES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {
     color: f"series-{i}" for i, color in enumerate(SERIES, 1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "reprise",
     "svg.fonttype": "none",
     "font.size": 9.5,

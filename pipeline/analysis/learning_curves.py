@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pipeline.analysis.contents import Run
 from pipeline.analysis.figure import (
     SERIES,
@@ -16,10 +14,10 @@ from pipeline.analysis.figure import (
 )
 
 _TERMS = {
-    "train/loss": "training: sum",
-    "train/cross_entropy": "training: cross entropy",
-    "train/execution_rate": "training: execution rate",
-    "eval/loss": "evaluation: cross entropy",
+    "train/loss": "all terms",
+    "train/cross_entropy": "cross entropy",
+    "train/execution_rate": "execution rate",
+    "eval/loss": "cross entropy, evaluation",
 }
 
 
@@ -42,7 +40,7 @@ def _loss(run: Run) -> Picture | None:
             epochs, values = thin(epochs, values)
             marked = markers(epochs, 2.8) if name.startswith("eval") else {}
             axes.plot(epochs, values, color=color, label=_TERMS[name], **marked)
-        axes.set(ylabel="loss, nats", yscale="log")
+        axes.set(ylabel="loss", yscale="log")
         over_epochs(axes)
         legend_above(axes, columns=2)
     return picture
@@ -68,14 +66,15 @@ def _learning_rate(run: Run) -> Picture | None:
     groups = {name: run.series(name) for name in sorted(run.history) if name.startswith("lr/")}
     if not groups:
         return None
-    picture = Picture("lr", "Learning rate of each parameter group over the epochs.")
-    labels: dict[tuple[float, ...], list[str]] = {}
+    # Groups without a factor of their own have the same curve.
+    curves: dict[bytes, list[str]] = {}
     for name, (_, values) in groups.items():
-        labels.setdefault(tuple(values), []).append(name.removeprefix("lr/"))
+        curves.setdefault(values.tobytes(), []).append(name)
+    picture = Picture("lr", "Learning rate of each parameter group over the epochs.")
     with drawing(picture) as axes:
-        for color, (values, names) in zip(SERIES, labels.items(), strict=False):
-            epochs, _ = groups[f"lr/{names[0]}"]
-            axes.plot(*thin(epochs, np.array(values)), color=color, label=", ".join(names))
+        for color, names in zip(SERIES, curves.values(), strict=False):
+            label = ", ".join(name.removeprefix("lr/") for name in names)
+            axes.plot(*thin(*groups[names[0]]), color=color, label=label)
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         over_epochs(axes)

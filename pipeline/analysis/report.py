@@ -100,15 +100,17 @@ def _executed_steps(run: Run) -> dict[str, Any]:
 
 
 def _examples(run: Run) -> dict[str, Any]:
-    """The columns of images, or the reason why there are none."""
+    """The columns of images, `most_rows` above and below the line, or why there are none."""
+    nothing = {"columns": [], "most_rows": 0, "no_images": ""}
     if run.main is None:
-        return {"columns": [], "no_images": ""}
+        return nothing
     try:
         columns = examples.columns(run, run.main)
     except (OSError, ValueError) as error:
-        return {"columns": [], "no_images": str(error)}
+        return nothing | {"no_images": str(error)}
     few = "" if columns else "No category has two images to compare."
-    return {"columns": columns, "no_images": few}
+    rows = max((len(column.easiest) for column in columns), default=0)
+    return {"columns": columns, "most_rows": rows, "no_images": few}
 
 
 def _percent(share: float, digits: int = 2) -> str:

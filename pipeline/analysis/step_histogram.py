@@ -31,10 +31,13 @@ def draw(histogram: Sequence[int], mean: float, expected: float) -> Picture:
             axes.bar_label(bars, counts, padding=2, color=MUTED, fontsize=9)
         axes.axvline(mean, color=INK, label=f"mean {mean:.2f}")
         axes.axvline(
-            expected, color=SERIES[1], linestyle=(0, (5, 3)), label=f"at the target {expected:.2f}"
+            expected,
+            color=SERIES[1],
+            linestyle=(0, (5, 3)),
+            label=f"with gates at target {expected:.2f}",
         )
         axes.grid(visible=False, axis="x")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set(xlabel="executed steps, all cells", ylabel="images", xlim=(-0.6, None))
         axes.margins(y=0.12)
         legend_above(axes)
