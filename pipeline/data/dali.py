@@ -55,6 +55,8 @@ class DaliReader:
                 if self._device.type == "cuda":
                     _keep_until_used(images, in_use)
         finally:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
             decoded.close()
             self._shards.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class TorchReader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
+            multiprocessing_context=_clean_processes() if workers else None,
         )
         batches = iter(loader)
         try:
@@ -128,6 +130,17 @@ class _Decode:
             margin, size = transform.margin, transform.size
             image = functional.crop(image, margin, margin, size, size)
         return functional.horizontal_flip(image) if flip else image
+
+
+def _clean_processes() -> multiprocessing.context.ForkServerContext:
+    """Workers from a server without threads.
+
+    A fork of the training process can hang on a lock or a library's thread that it did not get.
+    The server imports once what the workers need; it ends with this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "webdataset", "torchvision.transforms.v2"])
+    return context
 
 
 def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:

@@ -228,19 +228,24 @@ def test_every_evaluation_is_a_whole_one(plain, reader, workers):
 
 @readers
 def test_a_pass_broken_off_leaves_no_thread_and_no_process(plain, reader, workers):
-    before = threading.active_count()
+    others = set(threading.enumerate())
     loader = training(plain, reader, workers)
     for _batch in loader:
         break
-    assert threading.active_count() == before
-    assert not multiprocessing.active_children()
+    assert_nothing_runs(others)
     batches = iter(loader)
     next(batches)
     loader.close()
-    assert threading.active_count() == before
-    assert not multiprocessing.active_children()
+    assert_nothing_runs(others)
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def assert_nothing_runs(others):
+    for thread in set(threading.enumerate()) - others:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name
+    assert not multiprocessing.active_children()
 
 
 def test_an_unknown_reader_is_refused(plain):
