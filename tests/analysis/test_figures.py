@@ -101,3 +101,9 @@ def test_equal_learning_rates_share_a_curve_and_small_numbers_stay(run):
     svg = learning_curves.draw(run)[2].svg
     assert ">gate, rest</text>" in svg
     assert ">0.0005</text>" in svg
+
+
+def test_accuracy_is_drawn_in_percent(run):
+    """Of 77.8 and 100 %, over three epochs."""
+    ticks = re.findall(r">([\d.]+)</text>", learning_curves.draw(run)[1].svg)
+    assert max(float(tick) for tick in ticks) == 100

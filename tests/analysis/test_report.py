@@ -188,7 +188,7 @@ def test_quote_is_on_the_page(make_run):
     own = recipes.load("drnn/cifar10/dr_resnet16", ["train.epochs=1"])
     directory.config_file.write_text(own.to_yaml())
     text = Page(report.write(directory).read_text()).text
-    assert "The paper gives 8.14 % error, Table 1." in text
+    assert "The paper gives 8.14 % error, Table 1, as its own measurement on its own data." in text
     assert "train.epochs is 1 instead of 350." in text
 
 
