@@ -66,7 +66,7 @@ def _cell(run: Run, number: int, cell: str, steps: list[tuple[int, float]]) -> P
             )
             epochs, rates = thin(*run.series(f"eval_rate/{cell}/{step}"))
             # Steps that lie on each other, as at 100 %, stay visible: the earlier is the wider.
-            wider = (len(steps) - step) * min(1.8, 4 / len(steps))
+            wider = (len(steps) - step) * 2.4 / len(steps)
             axes.plot(
                 epochs, rates, color=color, linewidth=1.5 + wider, **markers(epochs, 3 + wider)
             )
