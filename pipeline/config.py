@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Role = Literal["shared", "gate", "norm", "rest"]
-Positive = Field(gt=0)
 
 
 class ConfigError(ValueError):
@@ -26,13 +25,19 @@ class Augmentation(_Section):
     """What is done to images; one description that both readers follow."""
 
     crop: Literal["none", "pad", "random_resized"] = "none"
-    size: int = Field(32, gt=0, description="height and width of the network's input, pixels")
-    padding: int = Field(4, ge=0, description="zero padding on each side for crop=pad, pixels")
+    size: int = Field(
+        default=32, gt=0, description="side of the input, pixels"
+    )
+    padding: int = Field(
+        default=4, ge=0, description="zero padding on each side for crop=pad, pixels"
+    )
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
     photometric: bool = False
-    eval_resize: int | None = Field(None, gt=0, description="pixels, before the centre crop")
+    eval_resize: int | None = Field(
+        default=None, gt=0, description="pixels, before the centre crop"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Augmentation:
@@ -50,26 +55,28 @@ class Augmentation(_Section):
 class Data(_Section):
     path: Path = Field(description="folder of a prepared shard set")
     reader: Literal["dali", "torch"] = "dali"
-    workers: int = Field(2, ge=0, description="decoding threads or processes per rank")
-    eval_batch_size: int = Field(256, gt=0, description="per rank")
+    workers: int = Field(default=2, ge=0, description="decoding threads or processes per rank")
+    eval_batch_size: int = Field(default=256, gt=0, description="per rank")
     augment: Augmentation = Augmentation()
 
 
 class ParameterGroup(_Section):
     """How the parameters of one role differ from the rest."""
 
-    lr_factor: float = Field(1.0, gt=0)
-    weight_decay: float | None = Field(None, ge=0, description="None: as the optimizer's")
+    lr_factor: float = Field(default=1.0, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0, description="None: as the optimizer's")
 
 
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(None, gt=0, description="global L2 norm of the gradient")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="global L2 norm of the gradient"
+    )
     groups: dict[Role, ParameterGroup] = {}
 
     @model_validator(mode="after")
@@ -83,10 +90,10 @@ class Schedule(_Section):
     """Factor on every group's learning rate as a function of the progress, in epochs."""
 
     name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    warmup_epochs: float = Field(0.0, ge=0, description="linear, from zero")
-    milestones: tuple[float, ...] = Field((), description="epochs, for step")
-    gamma: float = Field(0.1, gt=0, description="factor at each milestone, for step")
-    peak: float = Field(0.3, gt=0, lt=1, description="fraction of training, for one_cycle")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="linear, from zero")
+    milestones: tuple[float, ...] = Field(default=(), description="epochs, for step")
+    gamma: float = Field(default=0.1, gt=0, description="factor at each milestone, for step")
+    peak: float = Field(default=0.3, gt=0, lt=1, description="fraction of training, for one_cycle")
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -103,24 +110,24 @@ class Schedule(_Section):
 
 
 class Loss(_Section):
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    execution_rate: float = Field(1.0, ge=0, description="weight of DRNN Eq. 12")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    execution_rate: float = Field(default=1.0, ge=0, description="weight of DRNN Eq. 12")
 
 
 class Train(_Section):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
-    accumulation: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    accumulation: int = Field(default=1, gt=0, description="micro-batches per optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1] = 0
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    evaluate_every: int = Field(1, gt=0, description="epochs")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    evaluate_every: int = Field(default=1, gt=0, description="epochs")
 
 
 class Checkpoints(_Section):
-    every_steps: int | None = Field(None, gt=0)
-    every_minutes: float | None = Field(10.0, gt=0)
-    keep_last: int = Field(2, gt=0, description="the best is kept besides")
+    every_steps: int | None = Field(default=None, gt=0)
+    every_minutes: float | None = Field(default=10.0, gt=0)
+    keep_last: int = Field(default=2, gt=0, description="the best is kept besides")
 
 
 class Config(_Section):
@@ -136,7 +143,7 @@ class Config(_Section):
     train: Train
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -224,12 +231,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
-    section: Any = Config
+    section: type[BaseModel] = Config
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        section = field.annotation if field else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return ""
+        section = inner
     valid = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), valid, n=1)
     prefix = "".join(f"{part}." for part in location[:-1])

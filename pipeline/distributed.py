@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(minutes=10)
 RENDEZVOUS_PORT = 29400
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class World:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @classmethod
     def detect(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -64,7 +65,7 @@ class World:
         else:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.world_size == 1:
-            store = dist.HashStore()
+            store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
             return
         if "MASTER_ADDR" not in os.environ:

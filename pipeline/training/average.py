@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,7 +22,7 @@ class WeightAverage:
     @torch.no_grad()
     def network(self, model: Network) -> Network:
         """The averaged network, with the model's present buffers."""
-        averaged: Network = self._average.module
+        averaged = cast(Network, self._average.module)
         for own, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
             own.copy_(buffer)
         return averaged

@@ -172,9 +172,12 @@ class CheckpointStore:
 def inspect(path: Path) -> str | None:
     """What is wrong with a checkpoint directory; None if every hash is as recorded."""
     try:
-        files: dict[str, str] = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error}"
+        manifest = json.loads((path / MANIFEST).read_text())
+        files: dict[str, str] = manifest["files"]
+        if manifest.pop("sha256") != _own_hash(manifest):
+            return f"{MANIFEST}: its own sha256 is another"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {error!r}"
     for name, expected in files.items():
         try:
             actual = _sha256(path / name)
@@ -249,10 +252,15 @@ def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_aside(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    whole = {**manifest, "sha256": _own_hash(manifest)}
+    write_aside(partial / MANIFEST, json.dumps(whole, indent=1).encode())
     assert not final.exists(), final
     partial.rename(final)
     _sync(final.parent)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _attempt(write: Any) -> tuple[dict[str, str], str | None]:

@@ -15,7 +15,7 @@ def seed_everything(seed: int, world: World) -> None:
     """Seed every generator of this rank, each rank differently."""
     own = int(np.random.SeedSequence([seed, world.rank]).generate_state(1)[0])
     random.seed(own)
-    np.random.seed(own)  # noqa: NPY002  (libraries may draw from the global generator)
+    np.random.seed(own)
     torch.manual_seed(own)
 
 

@@ -268,7 +268,9 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return checkpoint.load("model")
 
 
-def _hand_over(store: CheckpointStore, directory: RunDirectory, tracker: Tracker | Untracked) -> None:
+def _hand_over(
+    store: CheckpointStore, directory: RunDirectory, tracker: Tracker | Untracked
+) -> None:
     """Give the tracker what a reader of the run will want: report and best weights."""
     from pipeline.analysis import report
 

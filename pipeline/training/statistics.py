@@ -1,4 +1,4 @@
-"""Running statistics of norms: local while training, averaged over the ranks where they are used."""
+"""Running statistics of norms: a rank's own while training, averaged where they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, stops, checkpoints and evaluations, in an order that resumes exactly."""
+"""The training loop: steps, stops, checkpoints, evaluations, in an order that resumes exactly."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Trainer:
         return agreed
 
     def _refuse(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
-        values = {name: float(value) for name, value in terms.items()}
+        values = {name: float(value) for name, value in _detached(terms).items()}
         ranks = self.world.gather({"loss": str(values), "keys": list(batch.keys)})
         path = self.run_dir / f"nonfinite-step-{self.progress.step:09d}.json"
         if self.world.is_main:
