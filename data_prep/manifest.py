@@ -6,11 +6,12 @@ from one run to the next: it has no time stamps and no absolute paths.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_prep.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -173,26 +174,6 @@ class Manifest:
         if self.accepted + self.rejected != self.found:
             return f"accepted {self.accepted} + rejected {self.rejected} is not found {self.found}"
         return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: ``path`` holds the old or the new bytes, never a part of them."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _listed(names: Iterable[str]) -> str:

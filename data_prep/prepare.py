@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from PIL import features
 
 from data_prep.facts import Facts
+from data_prep.files import sync, write_atomically
 from data_prep.images import RejectedImageError, check, own_pixel_limit
 from data_prep.listing import FolderReader, Listing, Reader, Rejection, Source
 from data_prep.manifest import (
@@ -25,8 +26,6 @@ from data_prep.manifest import (
     Manifest,
     Shard,
     Split,
-    sync_folder,
-    write_atomically,
 )
 from data_prep.parallel import run_parallel
 from data_prep.plan import ShardPlan, plan
@@ -145,9 +144,9 @@ def _publish(work: Path, out: Path) -> None:
     names = sorted(path.name for path in (work / "set").iterdir() if path.name != MANIFEST_NAME)
     for name in names:
         (work / "set" / name).replace(out / name)
-    sync_folder(out)
+    sync(out)
     (work / "set" / MANIFEST_NAME).replace(out / MANIFEST_NAME)
-    sync_folder(out)
+    sync(out)
 
 
 def _refuse_foreign(out: Path) -> None:

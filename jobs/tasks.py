@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable
@@ -18,9 +20,12 @@ from jobs.errors import Exit, guarded
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.evaluate import Summary
+    from pipeline.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+REPLAY_SECONDS = 10.0  # for each run that is not wholly at the store yet
+SAVING_SECONDS = 600  # that local ranks have to stop with a checkpoint before they are killed
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Train:
         from pipeline.training.trainer import Outcome
 
         rank = World.detect().rank
-        console.configure(self.quiet, console=rank == 0)
+        console.configure(self.quiet, rank=rank)
         directory = RunDirectory(self.run)
         stop = _StopRequest()
         display = console.TrainingDisplay(console.wants_bar(self.quiet) and rank == 0)
@@ -53,7 +58,7 @@ class Train:
                 directory,
                 display,
                 on_owned=lambda: console.configure(
-                    self.quiet, directory.logs / f"rank-{rank}.log", console=rank == 0
+                    self.quiet, directory.logs / f"rank-{rank}.log", rank
                 ),
                 stop_requested=stop,
                 stop_after=self.stop_after,
@@ -61,9 +66,24 @@ class Train:
         finally:
             display.close()
         if outcome is Outcome.FINISHED:
+            if rank == 0 and not display.steps:
+                _say_finished(directory)
             return 0
         log.warning("stopped with a checkpoint; resume with: reprise train %s", self.run)
         return Exit.INTERRUPTED if stop() else 0
+
+
+def _say_finished(directory: RunDirectory) -> None:
+    from pipeline.distributed import World
+    from pipeline.training.checkpoint import CheckpointStore
+
+    newest = CheckpointStore(directory.checkpoints, World(), keep_last=1).newest()
+    assert newest is not None, "a finished run has a checkpoint"
+    log.warning(
+        "%s finished at step %d before this call: for another run give --run or another seed",
+        directory.path,
+        newest.step,
+    )
 
 
 @dataclass(frozen=True)
@@ -79,11 +99,13 @@ class LocalRanks:
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.nproc)))
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=self.nproc,
+            signals_to_handle=",".join(number.name for number in STOP_SIGNALS),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -93,13 +115,21 @@ class LocalRanks:
         try:
             codes: dict[int, int] = elastic_launch(launch, _as_rank)(self.task)
         except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                log.error("rank %d was killed by signal %d", error.rank, -failure.exitcode)
-            return abs(failure.exitcode)
+            rank, failure = error.get_first_failure()
+            return _say_why(rank, failure.exitcode)
         except SignalException:
             return Exit.INTERRUPTED
         return max(codes.values())
+
+
+def _say_why(rank: int, code: int) -> int:
+    """The status of a rank that failed; negative codes are signals, as a shell counts them."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        log.error("error: rank %d was killed (%s); the same command resumes the run", rank, name)
+        return 128 - code
+    log.info("rank %d ended with status %d", rank, code)
+    return code
 
 
 def _as_rank(task: Callable[[], int]) -> int:
@@ -181,6 +211,7 @@ class Evaluate:
                 world,
                 planned.cost,
                 planned.manifest.evaluation.name,
+                checkpoint.step,
                 DTYPES[config.train.precision],
                 count,
             )
@@ -190,3 +221,42 @@ class Evaluate:
             evaluation.save(folder, summary, samples)
         world.stop()
         return summary, folder
+
+
+def send_journals(runs: Path) -> None:
+    """Send what the runs' journals still hold; a store that cannot be reached is asked once."""
+    from pipeline import tracking
+
+    journals = sorted(runs.glob("*/journal.jsonl"))
+    for number, journal in enumerate(journals, start=1):
+        if not tracking.replay(journal.parent, timeout=REPLAY_SECONDS):
+            log.warning("%d more runs are not asked for what they hold", len(journals) - number)
+            return
+
+
+def serve(command: list[str], port: int) -> int:
+    """Run a server on a local port until it ends or Ctrl-C; no process of it is left.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    import psutil
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error}): give another --port") from None
+    server = psutil.Popen(command)
+    try:
+        return int(server.wait())
+    finally:
+        # Ctrl-C may have reached this process alone, and the server has processes of its own.
+        processes = [*server.children(recursive=True), server] if server.is_running() else []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, stubborn = psutil.wait_procs(processes, timeout=5)
+        for process in stubborn:
+            process.kill()

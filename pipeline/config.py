@@ -25,9 +25,7 @@ class Augmentation(_Section):
     """What is done to images; one description that both readers follow."""
 
     crop: Literal["none", "pad", "random_resized"] = "none"
-    size: int = Field(
-        default=32, gt=0, description="side of the input, pixels"
-    )
+    size: int = Field(default=32, gt=0, description="side of the input, pixels")
     padding: int = Field(
         default=4, ge=0, description="zero padding on each side for crop=pad, pixels"
     )

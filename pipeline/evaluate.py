@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ class Summary:
     """What one evaluation found; rates and steps at the deterministic gates of evaluation."""
 
     split: str
+    step: int  # optimizer steps that made the weights
     samples: int
     top1: float  # fraction, 0..1
     top5: float
@@ -80,6 +82,7 @@ def evaluate(
     world: World,
     cost: Cost,
     split: str,
+    step: int,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> tuple[Summary, Samples]:
@@ -87,6 +90,7 @@ def evaluate(
 
     Args:
         cost: of this model, for the multiply-adds as executed.
+        split, step: what is evaluated, and after how many optimizer steps: for the record.
         dtype: of the forward pass, under autocast unless float32.
         on_batch: called with the number of samples of each batch done on this rank.
     """
@@ -107,7 +111,7 @@ def evaluate(
     cells = next((names for names, _, _ in gathered if names), [])
     joined = [part for _, own, _ in gathered for part in own]
     seconds = max(elapsed for _, _, elapsed in gathered)
-    return _summarise(joined, cells, cost, split, seconds)
+    return _summarise(joined, cells, cost, seconds, {"split": split, "step": step})
 
 
 def _results(output: Output, labels: torch.Tensor) -> dict[str, Any]:
@@ -124,7 +128,11 @@ def _results(output: Output, labels: torch.Tensor) -> dict[str, Any]:
 
 
 def _summarise(
-    parts: list[dict[str, Any]], cells: list[str], cost: Cost, split: str, seconds: float
+    parts: list[dict[str, Any]],
+    cells: list[str],
+    cost: Cost,
+    seconds: float,
+    record: dict[str, Any],
 ) -> tuple[Summary, Samples]:
     def join(name: str) -> np.ndarray:
         return np.concatenate([part[name] for part in parts])
@@ -134,12 +142,10 @@ def _summarise(
     shape = (len(labels), len(cells))
     steps = np.stack([e.sum(1) for e in executed], 1) if cells else np.zeros(shape, np.int64)
     maximal = sum(e.shape[1] for e in executed)
-    rates = {
-        cell: [float(r) for r in e.mean(0)] for cell, e in zip(cells, executed, strict=True)
-    }
+    rates = {cell: [float(r) for r in e.mean(0)] for cell, e in zip(cells, executed, strict=True)}
     totals = steps.sum(1)
     summary = Summary(
-        split=split,
+        **record,
         samples=len(labels),
         top1=float((predictions == labels).mean()),
         top5=float(join("in_top5").mean()),
@@ -157,10 +163,14 @@ def _summarise(
 
 
 def save(folder: Path, summary: Summary, samples: Samples) -> None:
-    """Write what the report reads: `summary.json` and `samples.npz`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples.save(folder / SAMPLES)
-    (folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
+    """Write what the report reads, `summary.json` and `samples.npz`: both or neither."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    samples.save(aside / SAMPLES)
+    (aside / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def load(folder: Path) -> tuple[Summary, Samples]:

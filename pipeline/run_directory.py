@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data_prep.files import write_atomically
 from data_prep.manifest import Manifest
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
@@ -91,9 +92,7 @@ class RunDirectory:
                     "keeps its configuration; resume it as it is or give another --run folder"
                 )
         else:
-            aside = self.path / f".{CONFIG}.partial"
-            aside.write_text(config.to_yaml())
-            aside.replace(self.config_file)
+            write_atomically(self.config_file, config.to_yaml().encode())
         self.logs.mkdir(exist_ok=True)
         owner = {
             "host": socket.gethostname(),

@@ -105,7 +105,7 @@ def read(directory: RunDirectory) -> Run:
 
 def _evaluations(directory: RunDirectory, notes: list[str]) -> list[Evaluation]:
     found = []
-    for file in directory.evaluation.glob(f"*/{evaluate.SUMMARY}"):
+    for file in directory.evaluation.glob(f"[!.]*/{evaluate.SUMMARY}"):
         try:
             found.append(Evaluation(file.parent.name, *evaluate.load(file.parent)))
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:

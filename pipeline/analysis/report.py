@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import write_atomically
+from data_prep.files import write_atomically
 from pipeline.analysis import (
     contents,
     examples,

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import write_atomically
+
 JOURNAL = "journal.jsonl"
 SYSTEM_JOURNAL = "system.jsonl"
 JOURNALS = (JOURNAL, SYSTEM_JOURNAL)
@@ -36,15 +38,7 @@ def write_json(path: Path, value: object) -> None:
 
     Raises OSError where the disk refuses.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(value, indent=1).encode())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data_prep.files import sync, write_atomically
 from pipeline.distributed import World
 
 log = logging.getLogger(__name__)
@@ -205,18 +205,7 @@ def write_state(path: Path, state: State) -> None:
     tensors: dict[str, torch.Tensor] = {}
     values = _split(state, (), tensors)
     save_file(tensors, path, metadata={"values": json.dumps(values)})
-    _sync(path)
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Replace a file's content atomically."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
+    sync(path)
 
 
 def _split(state: State, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -253,10 +242,10 @@ def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     whole = {**manifest, "sha256": _own_hash(manifest)}
-    write_aside(partial / MANIFEST, json.dumps(whole, indent=1).encode())
+    write_atomically(partial / MANIFEST, json.dumps(whole, indent=1).encode())
     assert not final.exists(), final
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
@@ -286,11 +275,3 @@ def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -220,7 +220,7 @@ class _Evaluation:
         self.display = display
         self.loader = open_evaluation(planned.config, planned.manifest, world)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, step: int) -> dict[str, float]:
         manifest, config = self.planned.manifest, self.planned.config
         summary, samples = evaluation.evaluate(
             self.average.network(self.model) if self.average else self.model,
@@ -228,6 +228,7 @@ class _Evaluation:
             self.world,
             self.planned.cost,
             manifest.evaluation.name,
+            step,
             DTYPES[config.train.precision],
         )
         if self.world.is_main:

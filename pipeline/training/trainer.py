@@ -104,8 +104,8 @@ class Trainer:
     """One run on one rank.
 
     Args:
-        evaluate: called on all ranks after an epoch; its metrics, of which `eval/top1` decides
-            which checkpoint is the best.
+        evaluate: called with the step, on all ranks, after an epoch; of its metrics, `eval/top1`
+            decides which checkpoint is the best.
         shared: further parts of the state that are the same on all ranks.
         identity: what a checkpoint must agree on to be resumed here.
         stop_requested: asked at each step; one rank's wish stops all after the step.
@@ -121,7 +121,7 @@ class Trainer:
         engine: Engine,
         loader: Loader,
         store: CheckpointStore,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[int], dict[str, float]],
         sink: MetricSink,
         shared: Mapping[str, Stateful],
         identity: Mapping[str, Any],
@@ -277,7 +277,7 @@ class Trainer:
         score = None
         if last or progress.epoch % train.evaluate_every == 0:
             with self.statistics.averaged(self.world):
-                metrics = self.evaluate()
+                metrics = self.evaluate(progress.step)
             self.sink.metrics(metrics, progress.step)
             score = metrics["eval/top1"]
             self._window = _Window()  # the time of the evaluation is not training's

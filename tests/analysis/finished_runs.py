@@ -65,6 +65,7 @@ def results(manifest: Manifest, model: str) -> tuple[Summary, Samples]:
     maximal = sum(cell.steps for cell in cost.cells.values())
     summary = Summary(
         split=manifest.evaluation.name,
+        step=EPOCHS * STEPS_PER_EPOCH,
         samples=len(labels),
         top1=float((~wrong).mean()),
         top5=1.0,
