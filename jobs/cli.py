@@ -106,13 +106,14 @@ def train(
     RECIPE is a name from `reprise recipes`, a YAML file, or the directory of an earlier run, which
     goes on where its newest checkpoint is.
     """
-    from jobs import describe, tasks
+    from jobs import console, describe, tasks
     from pipeline import recipes
     from pipeline.config import ConfigError
     from pipeline.distributed import World
     from pipeline.run_directory import RunDirectory
     from pipeline.training.run import plan
 
+    console.configure(quiet)
     if (Path(recipe) / "config.yaml").is_file():
         if overrides or run_dir:
             raise ConfigError(
@@ -187,19 +188,18 @@ def recipes() -> None:
 @click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True)
 def ui(port: int, runs: Path) -> None:
     """Open MLflow's page on the store in use, after sending what is still in the runs' journals."""
-    import subprocess
-
+    from jobs import console, tasks
     from pipeline import tracking
 
-    for journal in sorted(runs.glob("*/journal.jsonl")):
-        tracking.replay(journal.parent)
+    console.configure(quiet=False)
     uri = tracking.store_uri()
+    tasks.send_journals(runs)
     command = tracking.ui_command(uri, port)
     if command is None:
         click.echo(f"the runs are tracked by a server: open {uri}")
         return
     click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    raise click.exceptions.Exit(subprocess.call(command))
+    raise click.exceptions.Exit(tasks.serve(command, port))
 
 
 @cli.command()
@@ -225,7 +225,8 @@ def _invoke() -> int:
         return Exit.INTERRUPTED
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "reprise"
-        click.echo(f"error: {error.format_message()} (`{where} --help` shows the usage)", err=True)
+        text = " ".join(error.format_message().split())
+        click.echo(f"error: {text} (`{where} --help` shows the usage)", err=True)
         return Exit.USER_ERROR
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)

@@ -25,8 +25,10 @@ class TrainingDisplay:
         self._wants_bar = bar
         self._bar: tqdm | None = None
         self._last: Mapping[str, float] | None = None
+        self.steps = 0  # of this call, not of the run
 
     def stepped(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self.steps += 1
         fresh, self._last = metrics is not self._last, metrics
         rate = metrics.get("train/images_per_second")
         shown = "" if rate is None else f"loss {metrics['train/loss']:.3f}, {rate:.0f} images/s"
@@ -69,17 +71,24 @@ class _OwnOrSerious(logging.Filter):
         return own or record.levelno >= logging.ERROR
 
 
-def configure(quiet: bool, log_file: Path | None = None, console: bool = True) -> None:
-    """Send log records to the console (warnings only if quiet) and, in full, to a file."""
+def configure(quiet: bool, log_file: Path | None = None, rank: int = 0) -> None:
+    """Send log records to the console (warnings only if quiet) and, in full, to a file.
+
+    Ranks other than 0 show the console their own errors only: what all ranks have to say alike,
+    and mark with the attribute `of_all_ranks`, rank 0 says.
+    """
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    handlers: list[logging.Handler] = []
-    if console:
-        shown = _ThroughBar()
+    shown = _ThroughBar()
+    if rank == 0:
         shown.setLevel(logging.WARNING if quiet else logging.INFO)
         shown.setFormatter(logging.Formatter("%(message)s"))
-        handlers.append(shown)
+    else:
+        shown.setLevel(logging.ERROR)
+        shown.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        shown.addFilter(lambda record: not getattr(record, "of_all_ranks", False))
+    handlers: list[logging.Handler] = [shown]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         kept = logging.FileHandler(log_file)

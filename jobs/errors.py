@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 OURS = ("pipeline", "jobs", "data_prep")
+# Raised on every rank at once: rank 0 says it for all.
+_OF_ALL_RANKS = ("ConfigError", "CheckpointError", "NonFiniteLoss")
+# What gloo and NCCL say when the process at the other end is gone.
+_LOST = re.compile(r"by peer|connection (was )?(closed|reset|refused)|broken pipe|timed out", re.I)
 
 
 class Exit(enum.IntEnum):
@@ -18,6 +23,7 @@ class Exit(enum.IntEnum):
     USER_ERROR = 2
     NON_FINITE = 4
     BUG = 70
+    RANK_LOST = 75
     INTERRUPTED = 130
 
 
@@ -34,6 +40,12 @@ def guarded(work: Callable[[], int]) -> int:
         if is_for_user(error):
             _say(error)
             return Exit.USER_ERROR
+        if is_lost_rank(error):
+            _say(
+                "the connection to another rank broke; that rank says why, and the same command "
+                f"resumes the run ({str(error)[:200]})"
+            )
+            return Exit.RANK_LOST
         log.error("this is a bug of Reprise:\n%s", traceback.format_exc())
         return Exit.BUG
 
@@ -46,14 +58,25 @@ def is_for_user(error: Exception) -> bool:
     """
     if isinstance(error, OSError):
         return True
+    return isinstance(error, ValueError) and _raised_in(error).split(".")[0] in OURS
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because a process at its other end is gone."""
+    collective = _raised_in(error).startswith("torch.distributed")
+    return isinstance(error, RuntimeError) and collective and bool(_LOST.search(str(error)))
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the module whose code raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, ValueError) and module.split(".")[0] in OURS
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
-def _say(error: Exception) -> None:
+def _say(error: Exception | str) -> None:
     text = " ".join(str(error).split())
     if logging.getLogger().handlers:
-        log.error("error: %s", text)
+        alike = type(error).__name__ in _OF_ALL_RANKS
+        log.error("error: %s", text, extra={"of_all_ranks": alike})
     else:
         print(f"error: {text}", file=sys.stderr)

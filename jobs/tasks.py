@@ -70,7 +70,7 @@ class Train:
                 _say_finished(directory)
             return 0
         log.warning("stopped with a checkpoint; resume with: reprise train %s", self.run)
-        return Exit.INTERRUPTED if stop() else 0
+        return Exit.INTERRUPTED if stop() or self.stop_after is None else 0
 
 
 def _say_finished(directory: RunDirectory) -> None:
@@ -98,7 +98,7 @@ class LocalRanks:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        _silence("torch.distributed.elastic", "torch.multiprocessing")
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.nproc)))
         launch = LaunchConfig(
@@ -113,13 +113,13 @@ class LocalRanks:
             monitor_interval=0.2,
         )
         try:
-            codes: dict[int, int] = elastic_launch(launch, _as_rank)(self.task)
+            elastic_launch(launch, _as_rank)(self.task)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             return _say_why(rank, failure.exitcode)
         except SignalException:
             return Exit.INTERRUPTED
-        return max(codes.values())
+        return 0
 
 
 def _say_why(rank: int, code: int) -> int:
@@ -134,10 +134,19 @@ def _say_why(rank: int, code: int) -> int:
 
 def _as_rank(task: Callable[[], int]) -> int:
     """Turn a status into an exit, so that the launcher sees a failed rank as failed."""
-    code = task()
-    if code not in (0, Exit.INTERRUPTED):
+    if code := task():
         sys.exit(code)
-    return int(code)
+    # The launcher keeps finished ranks until all are, and ends them with a signal where it stops.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    return 0
+
+
+def _silence(*packages: str) -> None:
+    """The launcher's modules set the levels of their own loggers: lower every one of them."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(packages):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class _StopRequest:
