@@ -7,6 +7,7 @@ they unpickle, and they carry no checksum.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.config import Config
 from pipeline.distributed import World
@@ -40,18 +40,28 @@ class Engine:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
         deepspeed.utils.logger.setLevel(logging.ERROR)
 
+        if world.device.type == "cpu":
+            _keep_freed_memory()
         self.model = model
         self.world = world
         self._inner = optim.build(self.model, config.optimizer)
         self._names = _names_by_group(self.model, self._inner)
-        self._schedule = LambdaLR(self._inner, factor)
+        self._factor = factor
+        self._base_rates = [group["lr"] for group in self._inner.param_groups]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=self._inner,
-            lr_scheduler=self._schedule,
             config=_deepspeed_config(config, world),
             dist_init_required=False,
         )
+        self._scale: LossScale | None = None
+        if self._zero and config.train.precision == "fp16":
+            self._scale = LossScale()
+            # DeepSpeed's own scaler is not lowered when ZeRO finds an overflow, so that no later
+            # step is made, and its clipping does not know of the scale.
+            self._optimizer.torch_autocast_gradscaler = None
+            self._optimizer.override_loss_scale(self._scale.value)
+        self._to_step(0)
 
     def forward(self, images: Tensor) -> Output:
         """Training forward pass of this rank's micro-batch, in the configured precision."""
@@ -63,6 +73,17 @@ class Engine:
     def step(self) -> None:
         """After each micro-batch; updates the weights when the last of an update is in."""
         self._engine.step()
+        if self.updated:
+            if self._scale:
+                self._scale.update(overflow=self._optimizer.overflow)
+                self._optimizer.override_loss_scale(self._scale.value)
+            self._to_step(self._steps + 1)
+
+    def _to_step(self, step: int) -> None:
+        """Set the rates of an optimizer step; one that a loss scale skipped counts as made."""
+        self._steps = step
+        for group, base in zip(self._inner.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * self._factor(step)
 
     @property
     def updated(self) -> bool:
@@ -71,23 +92,21 @@ class Engine:
 
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate of each group."""
-        return {group["name"]: float(group["lr"]) for group in self._optimizer.param_groups}
+        return {group["name"]: float(group["lr"]) for group in self._inner.param_groups}
 
     def loss_scale(self) -> float | None:
         """Current loss scale of fp16; None in other precisions."""
-        scaler = self._scaler()
-        if scaler is None:
-            return None
-        return float(scaler["scale"] if "scale" in scaler else scaler["cur_scale"])
+        scaler = self._scaler
+        return float(scaler.state_dict()["scale"]) if scaler else None
 
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, schedule and loss scale; collective. Parameters are the model's own state."""
+        """Optimizer, step and loss scale; collective. Parameters are the model's own state."""
         return {
             "moments": self._moments(),
-            "schedule": {"last_epoch": self._schedule.last_epoch},
-            "scaler": self._scaler(),
+            "step": self._steps,
+            "loss_scale": self._scaler.state_dict() if self._scaler else None,
             "learning_rates": self.learning_rates(),
         }
 
@@ -100,39 +119,21 @@ class Engine:
         if self._zero:
             self._optimizer.refresh_fp32_params()
         self._load_moments(state.get("moments", {}))
-        self._schedule.last_epoch = state["schedule"]["last_epoch"]
-        rates = [
-            base * function(self._schedule.last_epoch)
-            for base, function in zip(
-                self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
-            )
-        ]
-        for group, lr in zip(self._inner.param_groups, rates, strict=True):
-            group["lr"] = lr
-        self._schedule._last_lr = rates
-        if state["scaler"] is not None:
-            self._load_scaler(state["scaler"])
-        for name, lr in state["learning_rates"].items():
-            assert self.learning_rates()[name] == lr, (name, lr, self.learning_rates())
+        self._to_step(state["step"])
+        if self._scaler and state["loss_scale"]:
+            self._scaler.load_state_dict(state["loss_scale"])
+        if self._scale:
+            self._optimizer.override_loss_scale(self._scale.value)
+        assert self.learning_rates() == state["learning_rates"], "the schedule is another"
 
     @property
     def _zero(self) -> bool:
         return bool(self._engine.zero_optimization())
 
-    def _scaler(self) -> dict[str, Any] | None:
-        if scaler := self._engine.torch_autocast_z0_gradscaler:
-            return dict(scaler.state_dict())
-        if self._zero and self._optimizer.dynamic_loss_scale:
-            inner = self._optimizer.loss_scaler
-            return {key: getattr(inner, key) for key in _ZERO_SCALER}
-        return None
-
-    def _load_scaler(self, state: dict[str, Any]) -> None:
-        if scaler := self._engine.torch_autocast_z0_gradscaler:
-            scaler.load_state_dict(state)
-        else:
-            for key in _ZERO_SCALER:
-                setattr(self._optimizer.loss_scaler, key, state[key])
+    @property
+    def _scaler(self) -> Any:
+        """What scales fp16 losses, torch's GradScaler or ours; None in other precisions."""
+        return self._scale or self._engine.torch_autocast_z0_gradscaler
 
     def _moments(self) -> dict[str, dict[str, Any]]:
         """Optimizer state: kind ("momentum_buffer", ...) -> parameter name -> value."""
@@ -208,7 +209,46 @@ class Engine:
         return torch.cat(pieces)
 
 
-_ZERO_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+# Names of glibc's malloc.h, which Python's ctypes does not know.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, for the next step's activations.
+
+    glibc gives large blocks back to the system when they are freed; to get them again costs a page
+    fault per 4 KiB, in every step, up to a tenth of a step's CPU time. Other C libraries are left
+    as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+class LossScale:
+    """Dynamic loss scale by the rule and with the constants of torch.amp.GradScaler.
+
+    Halved when gradients overflow, doubled after 2,000 updates without.
+    """
+
+    def __init__(self) -> None:
+        self.value = 2.0**16
+        self._good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        self._good_steps = 0 if overflow else self._good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self._good_steps == 2000:
+            self.value *= 2
+            self._good_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.value, "_growth_tracker": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self._good_steps = state["scale"], state["_growth_tracker"]
 
 
 def _is_moment(value: Any) -> bool:
