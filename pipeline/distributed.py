@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(minutes=10)
-RENDEZVOUS_PORT = 29400
+PORTS = range(20000, 32768)  # above services, below what Linux hands out to outgoing connections
 CPU = torch.device("cpu")
 
 
@@ -30,8 +31,9 @@ class World:
         """Read the ranks that torchrun or srun set; a lone process is a world of one."""
         if "RANK" in environment and "WORLD_SIZE" in environment:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+            # SLURM_NTASKS would be the whole allocation's number in the shell that salloc opens.
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         else:
             names = ("", "", "")
         rank, world_size, local_rank = (
@@ -68,9 +70,9 @@ class World:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
             return
-        if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_STEP_NODELIST"])
-        os.environ.setdefault("MASTER_PORT", str(RENDEZVOUS_PORT))
+        if "SLURM_STEP_NODELIST" in os.environ:
+            os.environ.setdefault("MASTER_ADDR", _host(os.environ))
+            os.environ.setdefault("MASTER_PORT", str(_port(os.environ)))
         dist.init_process_group(
             backend, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
         )
@@ -114,9 +116,34 @@ class World:
         return values[0]
 
 
+def _host(environment: Mapping[str, str]) -> str:
+    """Where rank 0 of a job step listens; torch would wait ten minutes for a host it cannot find.
+
+    Raises:
+        ValueError: the name of the step's first node does not resolve.
+    """
+    if environment["SLURM_STEP_NUM_NODES"] == "1":
+        return "localhost"
+    host = _first_host(environment["SLURM_STEP_NODELIST"])
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise ValueError(
+            f"{host}, the first node of this job step, has no address here: export MASTER_ADDR "
+            "with one that all of its nodes can reach"
+        ) from None
+    return host
+
+
 def _first_host(nodelist: str) -> str:
     """First name of a SLURM node list such as `node[1-2,7],other`."""
     head, bracket, rest = nodelist.partition("[")
     if not bracket or "," in head:
         return nodelist.split(",")[0]
     return head + rest.split(",")[0].split("-")[0].rstrip("]")
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port on which the ranks of a job step meet, another one for the steps beside it."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    return PORTS[(job * 8 + step) % len(PORTS)]
