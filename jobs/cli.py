@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -215,7 +216,12 @@ def demo(folder: Path, seed: int, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point of `reprise`; exit status 2 and one line for what the user can mend."""
-    sys.exit(guarded(_invoke))
+    status = guarded(_invoke)
+    # A launcher ends the ranks that are still here once one has left with this status; a signal
+    # while the interpreter winds up would replace it.
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def _invoke() -> int:

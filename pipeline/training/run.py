@@ -122,7 +122,9 @@ def run(
         planned = plan(config, world.world_size)
         with _owned(directory, config, world):
             on_owned()
-            return _run_owned(planned, directory, world, display, stop_requested, stop_after)
+            outcome = _run_owned(planned, directory, world, display, stop_requested, stop_after)
+        world.broadcast(None)  # leave together: some launchers end whoever stays behind
+        return outcome
     finally:
         world.stop()
 
