@@ -17,6 +17,23 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real shard set: 64 training images in uneven shards, 16 test images, four classes."""
+    from data_prep.prepare import prepare
+    from data_prep.sources import open_source
+    from tests.data import shard_set
+
+    images, root = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("sets") / "tiny"
+    for split, count in (("train", 64), ("test", 16)):
+        for number in range(count):
+            file = images / split / f"class{number % 4}" / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(shard_set.encode(shard_set.picture(number), "png"))
+    prepare(open_source("folder", images), root, samples_per_shard=40)
+    return root
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, and say why, what needs a device that is not here."""
     if not any("gpu" in item.keywords for item in items):

@@ -1,4 +1,4 @@
-"""A tiny real shard set (64 training images in uneven shards) and runs of a tiny network on it."""
+"""Runs of a tiny network on the tiny shard set."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -8,27 +8,12 @@ from typing import Any
 
 import pytest
 
-from data_prep.prepare import prepare
-from data_prep.sources import open_source
 from jobs.tasks import LocalRanks, Train
 from pipeline import config
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.run_directory import RunDirectory
 from pipeline.training.checkpoint import CheckpointStore, read_state
-from tests.data import shard_set
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    images, root = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("sets") / "tiny"
-    for split, count in (("train", 64), ("test", 16)):
-        for number in range(count):
-            file = images / split / f"class{number % 4}" / f"{number:02d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(shard_set.encode(shard_set.picture(number), "png"))
-    prepare(open_source("folder", images), root, samples_per_shard=40)
-    return root
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""The configuration: what is refused and how that is said; its YAML form is the same thing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config
+from pipeline.config import ConfigError
+
+BASE: dict[str, Any] = {
+    "name": "small",
+    "model": "resnet20",
+    "data": {"path": "data/digits"},
+    "train": {"epochs": 2, "batch_size": 8},
+}
+
+REFUSED = {
+    "typo at the top": ("sead=1", ["unknown key 'sead'", "did you mean 'seed'"]),
+    "typo in a section's name": ("trian.epochs=1", ["'trian'", "did you mean 'train'"]),
+    "nested typo": ("train.epoch=3", ["'train.epoch'", "did you mean 'train.epochs'"]),
+    "typo two levels down": (
+        "data.augment.paddding=3",
+        ["'data.augment.paddding'", "did you mean 'data.augment.padding'"],
+    ),
+    "typo near nothing": ("loss.zzz=1", ["'loss.zzz'", "loss.label_smoothing"]),
+    "unknown role": ("optimizer.groups.gates.lr_factor=1", ["gates", "'gate'"]),
+    "text for a number": ("train.epochs=many", ["train.epochs='many'", "integer"]),
+    "fraction for an integer": ("train.batch_size=1.5", ["train.batch_size=1.5", "integer"]),
+    "list for a number": ("optimizer.lr=[1]", ["optimizer.lr", "number"]),
+    "value for a section": ("train=3", ["train=3"]),
+    "section for a value": ("seed.deep=3", ["seed", "integer"]),
+    "section below a value": ("name.deep=3", ["'name'", "not a section"]),
+    "zero epochs": ("train.epochs=0", ["train.epochs=0", "greater than 0"]),
+    "negative decay": ("optimizer.weight_decay=-1", ["optimizer.weight_decay=-1"]),
+    "momentum of one": ("optimizer.momentum=1", ["optimizer.momentum=1", "less than 1"]),
+    "unknown choice": ("train.precision=fp8", ["train.precision='fp8'", "'bf16'"]),
+    "unknown optimizer": ("optimizer.name=lion", ["'lion'", "'adamw'"]),
+    "ZeRO 2": ("train.zero_stage=2", ["train.zero_stage=2", "0 or 1"]),
+    "milestones without step": ("schedule.milestones=[1]", ["milestones", "name=constant"]),
+    "step without milestones": ("schedule.name=step", ["needs milestones"]),
+    "small resize": ("data.augment.eval_resize=8", ["eval_resize=8", "eval_resize >= 32"]),
+    "scale upside down": ("data.augment.scale=[1,0.5]", ["scale=(1.0, 0.5)"]),
+    "scale from zero": ("data.augment.scale=[0,1]", ["0 < low"]),
+    "no value": ("seed", ["'seed'", "key.path=value"]),
+    "no key": ("=3", ["'=3'", "key.path=value"]),
+    "broken YAML": ("seed=[1", ["'[1'", "not a YAML value"]),
+    "nothing": ("train.epochs=", ["train.epochs"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_on_one_line_with_the_cure(case: str) -> None:
+    override, words = REFUSED[case]
+    config.build(BASE)  # good without it
+    with pytest.raises(ConfigError) as refused:
+        config.build(BASE, [override])
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.name=step", "schedule.milestones=[2,1]"],
+        ["schedule.name=step", "schedule.milestones=[1,1]"],
+        ["schedule.name=one_cycle", "schedule.warmup_epochs=1"],
+        ["optimizer.nesterov=true", "optimizer.name=adam"],
+        ["optimizer.nesterov=true", "optimizer.momentum=0"],
+    ],
+)
+def test_refused_together(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        config.build(BASE, overrides)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs=0.*; .*'seeed'"):
+        config.build(BASE, ["train.epochs=0", "seeed=1"])
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs is missing: give train\.epochs=VALUE"):
+        config.build({**BASE, "train": {"batch_size": 8}})
+
+
+def test_overrides_are_applied_in_order_and_leave_the_base_alone() -> None:
+    before = config.build(BASE)
+    changed = config.build(
+        BASE, ["train.epochs=5", "train.epochs=7", "optimizer.groups.norm.weight_decay=0"]
+    )
+    assert changed.train.epochs == 7
+    assert changed.optimizer.groups["norm"].weight_decay == 0
+    assert config.build(BASE) == before
+
+
+def test_its_yaml_is_the_same_configuration(tmp_path: Path) -> None:
+    overrides = [
+        "schedule.name=step",
+        "schedule.milestones=[0.5,1]",
+        "optimizer.clip_norm=1e-3",
+        "optimizer.groups.rest.lr_factor=0.5",
+        "model_options.target_rate=0.7",
+        "checkpoints.every_minutes=null",
+        "name='a: b'",
+    ]
+    built = config.build(BASE, overrides)
+    file = tmp_path / "config.yaml"
+    file.write_text(built.to_yaml())
+    assert config.read(file) == built
+    assert built.optimizer.clip_norm == 0.001
+    assert config.read(file, ["seed=4"]).seed == 4
+
+
+def test_flat_names_every_value_as_overrides_do() -> None:
+    flat = config.build(BASE, ["optimizer.groups.norm.lr_factor=2"]).flat()
+    assert flat["data.path"] == "data/digits"
+    assert flat["data.augment.padding"] == 4
+    assert flat["optimizer.groups.norm.lr_factor"] == 2
+    assert flat["model_options"] == {}
+    assert not any(isinstance(value, dict) and value for value in flat.values())
+
+
+def test_a_configuration_does_not_change() -> None:
+    built = config.build(BASE)
+    with pytest.raises(ValueError, match="frozen"):
+        built.train.epochs = 3
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n- b\n", b"just text", b"a: [1", b"\xff\xfe\x00", b"a: b: c"]
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        config.read(file)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        config.read(tmp_path / "nowhere.yaml")
