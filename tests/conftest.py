@@ -18,18 +18,26 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real shard set: 64 training images in uneven shards, 16 test images, four classes."""
-    from data_prep.prepare import prepare
-    from data_prep.sources import open_source
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders: 64 training images, 16 test images, four classes."""
     from tests.data import shard_set
 
-    images, root = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("sets") / "tiny"
+    images = tmp_path_factory.mktemp("images")
     for split, count in (("train", 64), ("test", 16)):
         for number in range(count):
             file = images / split / f"class{number % 4}" / f"{number:02d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(shard_set.encode(shard_set.picture(number), "png"))
+    return images
+
+
+@pytest.fixture(scope="session")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real shard set of `images`, the training images in uneven shards."""
+    from data_prep.prepare import prepare
+    from data_prep.sources import open_source
+
+    root = tmp_path_factory.mktemp("sets") / "tiny"
     prepare(open_source("folder", images), root, samples_per_shard=40)
     return root
 

@@ -10,7 +10,7 @@ from pipeline import recipes
 from pipeline.config import ConfigError
 from pipeline.models import create_model, list_models
 from pipeline.recipes import RECIPES
-from pipeline.training.run import plan
+from pipeline.training.plan import plan
 from tests.training.conftest import train
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes.yaml"

@@ -1,0 +1,315 @@
+"""The command line: what it shows, what it refuses and how, and that a refusal leaves nothing."""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.errors import Exit, guarded
+from pipeline.models import list_models
+from pipeline.recipes import RECIPES
+from tests.data import shard_set
+from tests.jobs import command
+from tests.jobs.command import ended, started, until
+
+HEAVY = ["torch", "deepspeed", "mlflow", "nvidia", "sklearn", "matplotlib", "numpy", "webdataset"]
+COMMANDS = sorted(cli.cli.commands)
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def reprise(capsys, tmp_path: Path, monkeypatch) -> Iterator[Callable[..., Answer]]:
+    """The command in this process, in an empty working folder."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def call(*args: object) -> Answer:
+        root.handlers.clear()  # a process of its own has none either
+        monkeypatch.setattr(sys, "argv", ["reprise", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        return Answer(int(end.value.code or 0), shown.out, shown.err)
+
+    yield call
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['reprise', '--help']\n"
+        "from jobs.cli import main\n"
+        "try: main()\n"
+        f"finally: print([n for n in {HEAVY} if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(reprise, name: str) -> None:
+    answer = reprise(name, "--help")
+    assert answer.code == 0
+    assert answer.out.startswith(f"Usage: reprise {name}")
+    assert cli.cli.commands[name].help
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "command": (["trian"], ["'trian'", "Did you mean 'train'"]),
+    "option": (["train", "RECIPE", "--quite"], ["--quite", "--quiet"]),
+    "no argument": (["prep"], ["KIND", "digits, folder, cifar"]),
+    "kind": (["prep", "digts", "--out", "x"], ["'digts'", "'digits'"]),
+    "no ranks": (["train", "RECIPE", "--nproc", "0"], ["--nproc", "x>=1"]),
+    "recipe": (["train", "drnn/digits/dr_resnet61"], ["did you mean 'drnn/digits/dr_resnet16'"]),
+    "no shards": (["train", "drnn/digits/dr_resnet16"], ["data/digits", "reprise prep"]),
+    "override": (["train", "RECIPE", "train.epoch=1"], ["did you mean 'train.epochs'"]),
+    "model": (["train", "RECIPE", "model=resnet21"], ["unknown model 'resnet21'", "resnet20"]),
+    "option of a model": (
+        ["train", "RECIPE", "model_options.target_rat=0.7"],
+        ["'target_rat'", "did you mean 'target_rate'"],
+    ),
+    "group": (
+        ["train", "RECIPE", "model=resnet20", "optimizer.groups.gate.lr_factor=2"],
+        ["optimizer.groups.gate", "selects no parameter", "norm, rest"],
+    ),
+    "batch": (["train", "RECIPE", "--nproc", "3"], ["16", "3"]),
+    "no source": (["prep", "folder", "--out", "x"], ["source"]),
+    "lost source": (["prep", "folder", "--source", "lost", "--out", "x"], ["lost"]),
+    "verify nothing": (["verify", "x"], ["x holds no manifest.json"]),
+    "eval nothing": (["eval", "x"], ["x is not a run directory"]),
+    "report nothing": (["report", "x"], ["x is not a run directory"]),
+    "pattern": (["models", "vgg*"], ["'vgg*'", "reprise models"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_gets_one_line_and_leaves_nothing(
+    reprise, recipe: Path, tmp_path: Path, case: str
+) -> None:
+    arguments, words = REFUSED[case]
+    answer = reprise(*[str(recipe) if word == "RECIPE" else word for word in arguments])
+    assert answer.code == 2
+    assert answer.out == ""
+    (line,) = answer.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_path: Path) -> None:
+    answer = reprise("train", recipe, "optimizer.groups.gate.lr_factor=0.5", "--dry-run")
+    assert answer.code == 0
+    rows = {line.split()[0]: line.split() for line in answer.out.splitlines() if line.strip()}
+    assert rows["gate"][2:] == ["0.025", "0.0005"]
+    assert rows["shared"][2:] == rows["norm"][2:] == ["0.05", "0.0005"]
+    assert "1 epochs of 4 steps, batch 16, fp32, ZeRO 0" in answer.out
+    assert list(tmp_path.iterdir()) == []
+    _, separator, text = answer.out.partition("name: tiny\n")
+    (tmp_path / "again.yaml").write_text(separator + text)
+    assert reprise("train", "again.yaml", "--dry-run").out == answer.out
+
+
+def test_a_run_keeps_its_configuration(reprise, finished: Path, recipe: Path) -> None:
+    before = sorted(finished.rglob("*"))
+    answer = reprise("train", finished, "seed=1")
+    assert answer.code == 2
+    assert "a run keeps its configuration" in answer.err
+    other = command.reprise("train", recipe, "seed=3", "--run", finished, cwd=finished.parent)
+    assert other.returncode == 2
+    assert "is a run with seed=0, now 3" in other.stderr.splitlines()[-1]
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_folder_with_other_files_is_not_taken(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    answer = command.reprise("train", recipe, "--run", "mine", "--quiet", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stderr == "error: mine holds other files: give another --run folder\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+
+
+def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:
+    made = reprise("prep", "folder", "--source", images, "--out", "set", "--quiet")
+    assert made.code == 0
+    assert made.out == "set: 16 test, 64 train images of 4 classes\n"
+    assert reprise("verify", "set").out == "set: as its manifest says\n"
+    shard = Path("set/train-000000.tar")
+    damaged = bytearray(shard.read_bytes())
+    damaged[1000] ^= 1
+    shard.write_bytes(damaged)
+    found = reprise("verify", "set")
+    assert found.code == 1
+    assert "train-000000.tar" in found.out
+    assert "prepare it again" in found.err
+
+
+def test_lists(reprise) -> None:
+    listed = reprise("models", "*resnet16")
+    rows = {line.split()[0]: line.split()[1] for line in listed.out.splitlines()[2:4]}
+    assert rows == {"dr_resnet16": "179,198", "r_resnet16": "177,562"}
+    assert list_models("*resnet16") == sorted(rows)
+    listed = reprise("recipes")
+    assert len(listed.out.splitlines()) == len(RECIPES) + 2
+    (row,) = [line for line in listed.out.splitlines() if "cifar10/dr_resnet40" in line]
+    assert "6.51 % error, Table 1" in row
+
+
+def test_evaluation_of_a_run(reprise, finished: Path, shards: Path, tmp_path: Path) -> None:
+    own = reprise("eval", finished, "--quiet")
+    assert own.code == 0
+    assert "16 (test)" in own.out
+    shutil.copytree(shards, tmp_path / "again")
+    other = reprise("eval", finished, "--data", "again", "--quiet")
+    assert other.code == 0
+
+    def accuracy(answer: Answer) -> list[str]:
+        return [line for line in answer.out.splitlines() if line.startswith(("top-1", "loss"))]
+
+    assert accuracy(other) == accuracy(own)
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in "abcd":
+            (images / split / name).mkdir(parents=True)
+            picture = shard_set.encode(shard_set.picture(1), "png")
+            (images / split / name / "1.png").write_bytes(picture)
+    assert reprise("prep", "folder", "--source", images, "--out", "foreign").code == 0
+    refused = reprise("eval", finished, "--data", "foreign", "--quiet")
+    assert refused.code == 2
+    assert "class_map_sha256" in refused.err
+    assert len(refused.err.splitlines()) == 1
+
+
+def test_evaluation_needs_a_checkpoint(reprise, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(finished / "config.yaml", tmp_path / "bare")
+    answer = reprise("eval", "bare", "--quiet")
+    assert answer.code == 2
+    (line,) = answer.err.splitlines()
+    assert line.startswith("error: bare has no ")
+    assert line.endswith("checkpoint yet: reprise train bare")
+
+
+def test_report(reprise, finished: Path) -> None:
+    answer = reprise("report", finished)
+    assert answer.code == 0
+    assert answer.out.strip() == str(finished / "report.html")
+
+
+def test_the_ui_names_a_server(reprise, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    answer = reprise("ui")
+    assert answer.code == 0
+    assert "open http://tracking.example:5000" in answer.out
+
+
+def test_the_ui_refuses_a_taken_port(reprise) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        answer = reprise("ui", "--port", taken.getsockname()[1])
+    assert answer.code == 2
+    assert "give another --port" in answer.err
+
+
+def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started("ui", "--port", port, cwd=tmp_path) as process:
+
+        def answers() -> bool:
+            assert process.poll() is None, process.communicate()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:
+                    return "MLflow" in page.read().decode()
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                return False
+
+        until(answers, "the page is served")
+        os.kill(process.pid, signal.SIGINT)  # this process alone: the server must end too
+        assert ended(process).returncode == 130
+
+
+def test_the_ui_asks_an_unreachable_store_once(tmp_path: Path, monkeypatch, caplog) -> None:
+    from jobs import tasks
+    from pipeline.tracking import Tracker
+
+    monkeypatch.setattr(tasks, "REPLAY_SECONDS", 5.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for name in ("a", "b", "c"):
+            tracker = Tracker(tmp_path / name, run_name=name, experiment="x", uri=uri)
+            tracker.metrics({"loss": 1.0}, 1)
+            tracker._journal.close()
+        with caplog.at_level(logging.WARNING):
+            tasks.send_journals(tmp_path)
+    assert "2 more runs" in caplog.text
+    assert "run " + str(tmp_path / "a") in caplog.text
+    assert "run " + str(tmp_path / "b") not in caplog.text
+
+
+def _ours() -> int:
+    from pipeline import config
+
+    config.build({})
+    return 0
+
+
+def _library() -> int:
+    import numpy as np
+
+    np.zeros(2).reshape(3)
+    return 0
+
+
+def _system() -> int:
+    Path("/nowhere/at/all").read_text()
+    return 0
+
+
+def _lost() -> int:
+    from torch.distributed import distributed_c10d
+
+    # As the module's own code would raise it.
+    exec("raise RuntimeError('Connection closed by peer [127.0.0.1]:1')", vars(distributed_c10d))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "word"),
+    [
+        (_ours, Exit.USER_ERROR, "name is missing"),
+        (_library, Exit.BUG, "Traceback"),
+        (_system, Exit.USER_ERROR, "/nowhere/at/all"),
+        (_lost, Exit.RANK_LOST, "connection to another rank broke"),
+    ],
+)
+def test_whose_error_it_is(work: Callable[[], int], code: Exit, word: str, caplog) -> None:
+    assert guarded(work) == code
+    assert word in caplog.text
+    assert ("this is a bug of Reprise" in caplog.text) == (code is Exit.BUG)
