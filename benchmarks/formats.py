@@ -13,11 +13,10 @@ import click
 import torch
 
 from benchmarks.measure import Spread, alternate, machine, ratio
-from benchmarks.trainer import IN_MEMORY, WARM, Watch, bare_loop, configuration
+from benchmarks.trainer import IN_MEMORY, WARM, Watch, bare_loop, configuration, network
 from pipeline.data import Batch
 from pipeline.distributed import World
 from pipeline.training import optim
-from pipeline.training.run import build_model
 
 CLASSES, SIZE = 10, 32
 
@@ -45,7 +44,7 @@ def contestant(
 ) -> Callable[[], float]:
     """One round of the bare loop, in images/s."""
     config = configuration(Path(), model_name, batch_size, precision)
-    model = build_model(config, CLASSES).to(watch.device, memory_format=weights)
+    model = network(config, CLASSES).to(watch.device, memory_format=weights)
     optimizer = optim.build(model, config.optimizer)
     held = batches(batch_size, inputs, watch.device)
 

@@ -94,5 +94,6 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     code = ["benchmarks", "data_prep", "jobs", "pipeline"]
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False)
-    return head.stdout.strip() + ("+changes" if changed.returncode else "")
+    status = [*git, "status", "--porcelain", "--", *code]
+    changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    return head.stdout.strip() + ("+changes" if changed else "")

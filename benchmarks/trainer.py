@@ -19,7 +19,6 @@ from typing import get_args
 
 import click
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Spread, alternate, machine, ratio
@@ -28,11 +27,10 @@ from pipeline import recipes
 from pipeline.config import Config, Train
 from pipeline.data import Batch, train_loader
 from pipeline.distributed import World
-from pipeline.models import Network
+from pipeline.models import Network, create_model
 from pipeline.training import optim
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
-from pipeline.training.run import build_model
 from pipeline.training.trainer import Trainer
 
 IN_MEMORY = 4  # different batches, so that no cache holds a step's input
@@ -164,8 +162,8 @@ class Bench:
     def _rate(self) -> float:
         return self.watch.steps * self.config.train.batch_size / self.watch.seconds
 
-    def _model(self) -> nn.Module:
-        return build_model(self.config, len(self.manifest.classes)).to(self.world.device)
+    def _model(self) -> Network:
+        return network(self.config, len(self.manifest.classes)).to(self.world.device)
 
     def _reader(self) -> object:
         data, train = self.config.data, self.config.train
@@ -212,6 +210,12 @@ def configuration(data: Path, model: str, batch_size: int, precision: str) -> Co
             "checkpoints.every_minutes=null",
         ],
     )
+
+
+def network(config: Config, classes: int) -> Network:
+    """The same initial weights for every contestant."""
+    torch.manual_seed(config.seed)
+    return create_model(config.model, num_classes=classes, **config.model_options)
 
 
 @click.command(help=__doc__)
