@@ -1,0 +1,125 @@
+"""The same ranks, whoever starts them: `--nproc`, torchrun or srun give the same weights."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.distributed import PORTS, _host, _port
+from tests.jobs.command import PATIENCE, trains
+from tests.training.conftest import Trace, trace
+
+BIN = Path(sys.executable).parent
+REPRISE = str(BIN / "reprise")
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", "--")
+SRUN = ("srun", "--ntasks", "2", "--overcommit", "--kill-on-bad-exit=1")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(command: Sequence[object], folder: Path) -> "subprocess.Popen[str]":
+    """A command in a folder, as from a shell in which nobody has started ranks."""
+    kept = {k: v for k, v in os.environ.items() if k not in (*LAUNCHERS, "MLFLOW_TRACKING_URI")}
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        env=kept | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: "subprocess.Popen[str]", status: int) -> None:
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status, output
+
+
+@pytest.fixture(scope="module")
+def by_nproc(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """What two ranks of one command trained."""
+    folder = tmp_path_factory.mktemp("nproc")
+    end(start([REPRISE, "train", recipe, "--run", "run", "--nproc", 2], folder), 0)
+    found = trace(folder / "run")
+    assert len(set(found.keys)) == 2  # two ranks, each with its own samples
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> None:
+    """A SLURM cluster to start job steps on."""
+    if shutil.which("sinfo") is None:
+        pytest.skip("needs a SLURM cluster; there is no sinfo here")
+    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
+    if asked.returncode:
+        pytest.skip(f"needs a SLURM cluster; sinfo says {asked.stderr.strip()}")
+
+
+def test_torchrun(recipe: Path, by_nproc: Trace, tmp_path: Path) -> None:
+    end(start([*TORCHRUN, REPRISE, "train", recipe, "--run", "run"], tmp_path), 0)
+    assert trace(tmp_path / "run") == by_nproc
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_srun(recipe: Path, by_nproc: Trace, tmp_path: Path, nodes: int) -> None:
+    command = [*SRUN, "--nodes", nodes, REPRISE, "train", recipe, "--run", "run"]
+    end(start(command, tmp_path), 0)
+    assert trace(tmp_path / "run") == by_nproc
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+def test_a_signal_to_one_task_stops_the_step_with_its_own_status(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The first task to leave must not turn the others' status into that of a killed one."""
+    run, seen = tmp_path / "run", 0
+    train = [REPRISE, "train", recipe, "--run", "run", "train.epochs=500"]
+    for rank in (1, 0):  # the second start resumes
+        step = start([*SRUN, *train, "train.evaluate_every=500"], tmp_path)
+        seen = trains(run, after=seen)
+        os.kill(_task(rank, recipe), signal.SIGUSR2)
+        end(step, 130)
+    log = (run / "logs" / "rank-0.log").read_text()
+    assert log.count("saved checkpoint at step") == 2
+    assert log.count("resumed from") == 1
+
+
+def _task(rank: int, recipe: Path) -> int:
+    """Process id of a task of the job step that trains this recipe."""
+    for process in psutil.process_iter():
+        try:
+            ours = REPRISE in process.cmdline() and str(recipe) in process.cmdline()
+            if ours and process.environ().get("SLURM_PROCID") == str(rank):
+                return process.pid
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    raise AssertionError(f"no task {rank} runs on this machine")
+
+
+def test_steps_beside_each_other_meet_on_different_ports() -> None:
+    steps = [
+        {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        for job in (1, 2, 3, 67_000_000)
+        for step in range(4)
+    ]
+    ports = [_port(step) for step in steps]
+    assert len(set(ports)) == len(steps)
+    assert set(ports) <= set(PORTS)
+    assert PORTS.start > 1024
+    assert PORTS.stop <= 32768  # where Linux begins to hand out ports by itself
+
+
+def test_where_the_ranks_of_a_step_meet() -> None:
+    many = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "no-such-host-[3-4]"}
+    assert _host(many | {"SLURM_STEP_NUM_NODES": "1"}) == "localhost"
+    assert _host(many | {"SLURM_STEP_NODELIST": "localhost,other"}) == "localhost"
+    with pytest.raises(ValueError, match=r"no-such-host-3, the first .* export MASTER_ADDR"):
+        _host(many)
