@@ -112,7 +112,7 @@ def train(
     from pipeline.config import ConfigError
     from pipeline.distributed import World
     from pipeline.run_directory import RunDirectory
-    from pipeline.training.run import plan
+    from pipeline.training.plan import plan
 
     console.configure(quiet)
     if (Path(recipe) / "config.yaml").is_file():
@@ -226,7 +226,7 @@ def main() -> None:
 
 def _invoke() -> int:
     try:
-        return cli.main(standalone_mode=False) or 0
+        return cli.main(prog_name="reprise", standalone_mode=False) or 0
     except click.exceptions.Abort:
         return Exit.INTERRUPTED
     except click.UsageError as error:

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Summary
-    from pipeline.training.run import Plan
+    from pipeline.training.plan import Plan
 
 
 def _table(rows: list[list[object]], headers: list[str]) -> str:

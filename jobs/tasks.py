@@ -175,37 +175,29 @@ class Evaluate:
 
     def __call__(self) -> tuple[Summary, Path]:
         """The summary, and the folder that holds it and the per-sample results."""
+        from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
         from pipeline.distributed import World
+        from pipeline.models.cost import measure
         from pipeline.run_directory import RunDirectory
-        from pipeline.training.checkpoint import CheckpointError, CheckpointStore
+        from pipeline.training import checkpoint, restore
         from pipeline.training.engine import DTYPES
-        from pipeline.training.run import load_trained, open_evaluation, plan
+        from pipeline.training.run import open_evaluation
 
         directory = RunDirectory(self.run)
         config = directory.read_config()
-        if self.data is not None:
-            data = config.data.model_copy(update={"path": self.data})
-            config = config.model_copy(update={"data": data})
+        found = checkpoint.find(directory.checkpoints, best=self.best)
+        # Other images are normalised as those that the network was trained on.
+        trained_on = found.load("identity")
+        manifest = replace(
+            Manifest.load(self.data or config.data.path),
+            channel_mean=tuple(trained_on["channel_mean"]),
+            channel_std=tuple(trained_on["channel_std"]),
+        )
         world = World.detect()
         world.start()
-        store = CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last)
-        checkpoint = store.best() if self.best else store.newest()
-        if checkpoint is None:
-            raise CheckpointError(f"{self.run} has no checkpoint yet: reprise train {self.run}")
-        planned = plan(config, world.world_size)
-        # Other images are normalised as those that the network was trained on.
-        trained_on = checkpoint.load("identity")
-        planned = replace(
-            planned,
-            manifest=replace(
-                planned.manifest,
-                channel_mean=tuple(trained_on["channel_mean"]),
-                channel_std=tuple(trained_on["channel_std"]),
-            ),
-        )
-        model = load_trained(planned, checkpoint, world.device)
-        loader = open_evaluation(config, planned.manifest, world)
+        model = restore.trained_network(config, manifest, found, world.device)
+        loader = open_evaluation(config, manifest, world)
         with console.progress("evaluating", self.quiet) as report:
             done = 0
 
@@ -218,14 +210,14 @@ class Evaluate:
                 model,
                 loader,
                 world,
-                planned.cost,
-                planned.manifest.evaluation.name,
-                checkpoint.step,
+                measure(model, config.data.augment.size),
+                manifest.evaluation.name,
+                found.step,
                 DTYPES[config.train.precision],
                 count,
             )
         loader.close()
-        folder = directory.evaluation_of(planned.manifest)
+        folder = directory.evaluation_of(manifest)
         if world.is_main:
             evaluation.save(folder, summary, samples)
         world.stop()

@@ -51,6 +51,9 @@ class TorchReader:
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
             multiprocessing_context=_clean_processes() if workers else None,
+            # Without one of its own it draws from the default generator at every start, which
+            # would shift the gates' noise in a resumed run.
+            generator=torch.Generator(),
         )
         batches = iter(loader)
         try:

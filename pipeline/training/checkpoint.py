@@ -125,14 +125,14 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the highest score; of equals, the earliest."""
-        scored = [c for c in map(_describe, self._directories()) if c and c.score is not None]
-        return max(scored, key=lambda c: (c.score, -c.step), default=None)
+        scored = [c for c in map(_describe, _directories(self.folder)) if c and c.score is not None]
+        return max(scored, key=_rank, default=None)
 
     def _find(self) -> Checkpoint | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover)
-        for path in reversed(self._directories()):
+        for path in reversed(_directories(self.folder)):
             damage = inspect(path)
             if damage is None:
                 return _describe(path)
@@ -147,9 +147,6 @@ class CheckpointStore:
             )
         return None
 
-    def _directories(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
-
     def _agree(self, partial: Path, failure: str | None) -> None:
         failures = [text for text in self.world.gather(failure) if text]
         if failures:
@@ -162,11 +159,31 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         best = self.best()
-        for path in self._directories()[: -self.keep_last]:
+        for path in _directories(self.folder)[: -self.keep_last]:
             if best is None or path != best.path:
                 # Renamed first, so that a kill in mid-removal leaves no half checkpoint.
                 doomed = path.rename(self.folder / f"{PARTIAL}{path.name}")
                 shutil.rmtree(doomed)
+
+
+def find(folder: Path, best: bool = False) -> Checkpoint:
+    """The newest (or best) whole checkpoint, for a reader: nothing in the folder is changed.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    complete = [c for path in _directories(folder) if (c := _describe(path))]
+    if best:
+        complete = sorted((c for c in complete if c.score is not None), key=_rank)
+    for checkpoint in reversed(complete):
+        if damage := inspect(checkpoint.path):
+            log.warning("checkpoint %s is damaged (%s): not used", checkpoint.path, damage)
+        else:
+            return checkpoint
+    raise CheckpointError(
+        f"{folder.parent} has no whole checkpoint{' with a score' if best else ''} yet: "
+        f"reprise train {folder.parent}"
+    )
 
 
 def inspect(path: Path) -> str | None:
@@ -265,6 +282,16 @@ def _describe(path: Path) -> Checkpoint | None:
         return _checkpoint(path, manifest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _directories(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _rank(checkpoint: Checkpoint) -> tuple[float, int]:
+    """Higher is better; of equal scores the earliest."""
+    assert checkpoint.score is not None
+    return checkpoint.score, -checkpoint.step
 
 
 def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:

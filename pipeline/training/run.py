@@ -5,30 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
 from pipeline.config import Config, ConfigError
-from pipeline.data import BatchPlan, Loader, eval_loader, train_loader
+from pipeline.data import Loader, eval_loader, train_loader
 from pipeline.distributed import World
-from pipeline.models import Network, create_model
-from pipeline.models.cost import Cost, measure
+from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
-from pipeline.training import optim, schedules
+from pipeline.training import schedules
 from pipeline.training.average import WeightAverage
-from pipeline.training.checkpoint import Checkpoint, CheckpointStore
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
+from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
-from pipeline.training.trainer import Outcome, Trainer, check_identity, load_model
+from pipeline.training.restore import evaluated_weights, identity
+from pipeline.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -39,62 +37,6 @@ class Display(Protocol):
     def stepped(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
     def evaluated(self, summary: evaluation.Summary) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration will do, known before any process or file is started."""
-
-    config: Config
-    manifest: Manifest
-    cost: Cost
-    groups: list[optim.Group]
-    steps_per_epoch: int  # optimizer steps
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must not change over the life of a run directory."""
-        return {
-            "model": self.config.model,
-            "classes": len(self.manifest.classes),
-            "class_map_sha256": self.manifest.class_map_sha256,
-            "channel_mean": list(self.manifest.channel_mean),
-            "channel_std": list(self.manifest.channel_std),
-        }
-
-
-def plan(config: Config, world_size: int) -> Plan:
-    """Check everything that can be wrong with a configuration here and now.
-
-    Raises:
-        ValueError: the model or its options, the shard set, the parameter groups, or a batch that
-            the ranks cannot divide.
-    """
-    manifest = Manifest.load(config.data.path)
-    model = build_model(config, len(manifest.classes))
-    micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
-    return Plan(
-        config=config,
-        manifest=manifest,
-        cost=measure(model, config.data.augment.size),
-        groups=optim.groups(model, config.optimizer),
-        steps_per_epoch=micro // config.train.accumulation,
-    )
-
-
-def build_model(config: Config, classes: int) -> Network:
-    """The network, its initial weights decided by the seed alone.
-
-    Raises:
-        ConfigError: an unknown model or option, or a combination that makes no sense.
-    """
-    if "num_classes" in config.model_options:
-        raise ConfigError("model_options.num_classes comes from the shard set: remove it")
-    torch.manual_seed(config.seed)
-    try:
-        return create_model(config.model, num_classes=classes, **config.model_options)
-    except ValueError as error:
-        raise ConfigError(f"model={config.model}: {error}") from None
 
 
 def run(
@@ -189,7 +131,7 @@ def _build(
         evaluate=_Evaluation(planned, directory, world, model, average, display),
         sink=tracker,
         shared={"tracker": tracker},
-        identity=planned.identity,
+        identity=identity(config, planned.manifest),
         run_dir=directory.path,
         stop_requested=stop_requested,
         on_step=display.stepped,
@@ -251,26 +193,6 @@ def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:
     )
 
 
-def load_trained(planned: Plan, checkpoint: Checkpoint, device: torch.device) -> Network:
-    """The network of a checkpoint, for evaluation: the averaged weights where there are any.
-
-    Raises:
-        CheckpointError: it is of another model or class map.
-    """
-    check_identity(checkpoint, planned.identity)
-    model = build_model(planned.config, len(planned.manifest.classes))
-    load_model(model, checkpoint.path, evaluated_weights(checkpoint))
-    return model.to(device)
-
-
-def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors that evaluation uses, by name."""
-    if "average" in checkpoint.states:
-        average: dict[str, Tensor] = checkpoint.load("average")["network"]
-        return average
-    return checkpoint.load("model")
-
-
 def _hand_over(
     store: CheckpointStore, directory: RunDirectory, tracker: Tracker | Untracked
 ) -> None:
@@ -329,15 +251,3 @@ def _owned(directory: RunDirectory, config: Config, world: World) -> Iterator[No
     finally:
         if world.is_main:
             directory.release()
-
-
-def _batch_plan(config: Config, manifest: Manifest, world: World) -> BatchPlan:
-    return BatchPlan(
-        samples=manifest.train.samples,
-        global_batch=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=config.seed,
-        shard_sizes=tuple(shard.samples for shard in manifest.train.shards),
-    )

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +18,14 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
-from pipeline.models import Network, Output
+from pipeline.models import Network
 from pipeline.training import losses, statistics
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.training.engine import Engine
+from pipeline.training.metrics import Window
 from pipeline.training.randomness import RandomStates
+from pipeline.training.restore import check_identity, load_model
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10  # optimizer steps between points of the step metrics
@@ -84,22 +86,6 @@ class Progress:
         self.samples += len(batch.keys)
 
 
-@dataclass
-class _Window:
-    """Sums over the optimizer steps since the last point of the step metrics."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    batches: int = 0
-    samples: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.batches += 1
-        self.samples += samples
-
-
 class Trainer:
     """One run on one rank.
 
@@ -155,7 +141,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
-        self._window = _Window()
+        self._window = Window()
         self._latest: dict[str, float] = {}
 
     def train(self, stop_after: int | None = None) -> Outcome:
@@ -174,7 +160,7 @@ class Trainer:
                     continue
                 progress.step += 1
                 self._after_update()
-                stop = verdict.stop or progress.step == stop_after
+                stop = verdict.stop or (stop_after is not None and progress.step >= stop_after)
                 verdict = verdict._replace(stop=stop)
                 if progress.step % self.steps_per_epoch == 0:
                     continue  # the epoch's last: what is due is done after the evaluation
@@ -201,10 +187,7 @@ class Trainer:
             self._refuse(batch, terms)
         self.engine.step()
         self.progress.count(batch)
-        self._window.add(
-            {"loss": loss.detach()} | _detached(terms) | execution_rates(output),
-            len(batch.keys) * self.world.world_size,
-        )
+        self._window.add(terms, output)
         return verdict
 
     def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
@@ -231,7 +214,7 @@ class Trainer:
         return agreed
 
     def _refuse(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
-        values = {name: float(value) for name, value in _detached(terms).items()}
+        values = {name: float(value.detach()) for name, value in terms.items()}
         ranks = self.world.gather({"loss": str(values), "keys": list(batch.keys)})
         path = self.run_dir / f"nonfinite-step-{self.progress.step:09d}.json"
         if self.world.is_main:
@@ -247,25 +230,18 @@ class Trainer:
         if self.average:
             self.average.update(self.model)
         if self.progress.step % LOG_EVERY == 0 or self.progress.step % self.steps_per_epoch == 0:
-            self._log_window()
+            self._log_point()
         self.on_step(self.progress.step, self.total_steps, self._latest)
 
-    def _log_window(self) -> None:
-        window, self._window = self._window, _Window()
-        if not window.batches:
-            return
-        names = list(window.sums)
-        means = self.world.sum(torch.stack([window.sums[name].float() for name in names]))
-        means = means / (window.batches * self.world.world_size)
-        values = {f"train/{name}": v for name, v in zip(names, means.tolist(), strict=True)}
-        elapsed = time.perf_counter() - window.started
-        values["train/images_per_second"] = window.samples / elapsed
-        values |= {f"lr/{name}": lr for name, lr in self.engine.learning_rates().items()}
+    def _log_point(self) -> None:
+        window, self._window = self._window, Window()
+        point = window.point(self.world)
+        point |= {f"lr/{name}": lr for name, lr in self.engine.learning_rates().items()}
         if (scale := self.engine.loss_scale()) is not None:
-            values["train/loss_scale"] = scale
-        values["epoch"] = self.progress.step / self.steps_per_epoch
-        self._latest = values
-        self.sink.metrics(values, self.progress.step)
+            point["train/loss_scale"] = scale
+        point["epoch"] = self.progress.step / self.steps_per_epoch
+        self._latest = point
+        self.sink.metrics(point, self.progress.step)
 
     # -- epochs and checkpoints ----------------------------------------------------------------
 
@@ -280,7 +256,7 @@ class Trainer:
                 metrics = self.evaluate(progress.step)
             self.sink.metrics(metrics, progress.step)
             score = metrics["eval/top1"]
-            self._window = _Window()  # the time of the evaluation is not training's
+            self._window = Window()  # the time of the evaluation is not training's
         must = last or verdict.stop
         if must or self._is_best(score) or self._checkpoint_due(verdict):
             self._save(must=must, score=score)
@@ -347,50 +323,3 @@ class Trainer:
         for name, state in own.items():
             self.own[name].load_state_dict(state)
         self._saved_step = self.progress.step
-
-
-def execution_rates(output: Output) -> dict[str, Tensor]:
-    """Share of the batch that executes each step of each gated cell: `rate/<cell>/<step>`."""
-    rates: dict[str, Tensor] = {}
-    for route in output.routes:
-        if route.target is not None:
-            shares = route.executed.float().mean(0)
-            rates |= {f"rate/{route.cell}/{i + 1}": share for i, share in enumerate(shares)}
-    return rates
-
-
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose identity (model, class map) is not the one expected."""
-    saved = checkpoint.load("identity")
-    for key, expected in identity.items():
-        if saved.get(key) != expected:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path} has {key} {saved.get(key)}, now {expected}: use the "
-                f"{key.replace('_', ' ')} it was trained with, or start a new run directory"
-            )
-
-
-def load_model(model: Network, origin: Path, saved: Mapping[str, Tensor]) -> None:
-    """Load weights and averaged statistics that come from `origin`.
-
-    Raises:
-        CheckpointError: names or shapes differ; all of them are listed.
-    """
-    own = model.state_dict()
-    odd = [f"{key} (missing)" for key in own.keys() - saved.keys()]
-    odd += [f"{key} (unknown)" for key in saved.keys() - own.keys()]
-    odd += [
-        f"{key} {tuple(saved[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in saved.keys() & own.keys()
-        if saved[key].shape != own[key].shape
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{origin} is of another network: {', '.join(sorted(odd))}: "
-            "use the model it was trained with"
-        )
-    model.load_state_dict(saved)
-
-
-def _detached(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in terms.items()}

@@ -178,6 +178,15 @@ def test_resuming_continues_bit_by_bit(sets, reader, workers, stop):
 
 
 @readers
+def test_a_pass_draws_nothing_from_the_default_generator(plain, reader, workers):
+    """The gates' noise is drawn there: a pass begun once more must not shift it."""
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    next(iter(training(plain, reader, workers)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@readers
 def test_a_loader_can_be_set_back_in_the_middle_of_a_pass(plain, reader, workers):
     loader = training(plain, reader, workers)
     first = [next(iter(loader)) for _ in range(2)]

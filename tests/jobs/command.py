@@ -78,11 +78,21 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def trains(run: Path, rank: int = 0, after: int = 0) -> int:
-    """Wait until the rank's log has a step line beyond `after` characters; its length then."""
+@contextmanager
+def training(*args: object, run: Path, rank: int = 0) -> "Iterator[subprocess.Popen[str]]":
+    """`reprise train` beside its run directory, entered once the rank has logged a new step."""
     log = run / "logs" / f"rank-{rank}.log"
-    until(lambda: log.is_file() and "INFO step " in log.read_text()[after:], f"{log} has a step")
-    return len(log.read_text())
+    before = len(log.read_text()) if log.is_file() else 0
+    with started("train", *args, cwd=run.parent) as process:
+        until(
+            lambda: (
+                process.poll() is not None
+                or (log.is_file() and "INFO step " in log.read_text()[before:])
+            ),
+            f"{log} has a step",
+        )
+        assert process.poll() is None, process.communicate()
+        yield process
 
 
 def interrupt_group(process: "subprocess.Popen[str]") -> None:

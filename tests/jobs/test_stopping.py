@@ -6,12 +6,13 @@ import pty
 import signal
 import subprocess
 import termios
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.jobs import command
-from tests.jobs.command import ended, interrupt_group, ranks, started, trains, until
+from tests.jobs.command import ended, interrupt_group, ranks, started, training, until
 
 LONG = ["train.epochs=5000", "train.evaluate_every=5000"]
 
@@ -21,11 +22,10 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def test_one_rank_stops_with_a_checkpoint_and_resumes(recipe: Path, tmp_path: Path) -> None:
-    run, seen, arguments = tmp_path / "run", 0, [recipe, *LONG, "--run", "run"]
+    run, arguments = tmp_path / "run", [recipe, *LONG, "--run", "run"]
     saved: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        with started("train", *arguments, cwd=tmp_path) as process:
-            seen = trains(run, after=seen)
+        with training(*arguments, run=run) as process:
             os.killpg(process.pid, number)
             done = ended(process)
         assert done.returncode == 130
@@ -39,13 +39,12 @@ def test_one_rank_stops_with_a_checkpoint_and_resumes(recipe: Path, tmp_path: Pa
 
 
 def test_two_ranks_stop_together_and_survive_a_lost_one(recipe: Path, tmp_path: Path) -> None:
-    run, seen = tmp_path / "run", 0
+    run = tmp_path / "run"
 
-    def resume(*arguments: object) -> command.started:
-        return started("train", *arguments, "--nproc", 2, "--quiet", cwd=tmp_path)
+    def resume(*arguments: object) -> AbstractContextManager["subprocess.Popen[str]"]:
+        return training(*arguments, "--nproc", 2, "--quiet", run=run, rank=1)
 
     with resume(recipe, *LONG, "--run", "run") as process:
-        seen = trains(run, rank=1)
         interrupt_group(process)
         done = ended(process)
     assert done.returncode == 130
@@ -53,7 +52,6 @@ def test_two_ranks_stop_together_and_survive_a_lost_one(recipe: Path, tmp_path: 
     assert len(checkpoints(run)) == 1
 
     with resume("run") as process:
-        seen = trains(run, rank=1, after=seen)
         os.kill(ranks(process.pid)[1], signal.SIGUSR2)  # a scheduler may tell one rank only
         done = ended(process)
     assert done.returncode == 130
@@ -62,7 +60,6 @@ def test_two_ranks_stop_together_and_survive_a_lost_one(recipe: Path, tmp_path: 
 
     before = checkpoints(run)
     with resume("run") as process:
-        seen = trains(run, rank=1, after=seen)
         os.kill(ranks(process.pid)[1], signal.SIGKILL)
         done = ended(process)
     assert done.returncode == 128 + signal.SIGKILL
@@ -71,7 +68,6 @@ def test_two_ranks_stop_together_and_survive_a_lost_one(recipe: Path, tmp_path: 
     assert checkpoints(run) == before
 
     with resume("run") as process:
-        trains(run, rank=1, after=seen)
         os.kill(process.pid, signal.SIGTERM)  # to the launcher alone
         assert ended(process).returncode == 130
     assert f"checkpoints/{before[-1]}" in (run / "logs" / "rank-0.log").read_text()
@@ -80,12 +76,11 @@ def test_two_ranks_stop_together_and_survive_a_lost_one(recipe: Path, tmp_path: 
 
 def test_a_run_directory_has_one_owner_at_a_time(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = ("train", recipe, *LONG, "--run", "run", "--quiet")
-    with started(*arguments, cwd=tmp_path) as holder:
-        trains(run)
+    arguments = (recipe, *LONG, "--run", "run", "--quiet")
+    with training(*arguments, run=run) as holder:
         owner = json.loads((run / "owner.json").read_text())
         assert owner["pid"] == holder.pid
-        refused = command.reprise(*arguments, "--nproc", 2, cwd=tmp_path)
+        refused = command.reprise("train", *arguments, "--nproc", 2, cwd=tmp_path)
         assert refused.returncode == 2
         assert len(refused.stderr.splitlines()) == 1
         assert f"in use by host {owner['host']}, pid {holder.pid}" in refused.stderr
@@ -93,7 +88,7 @@ def test_a_run_directory_has_one_owner_at_a_time(recipe: Path, tmp_path: Path) -
         holder.wait(command.PATIENCE)
         # Nothing was released in order, and still the directory is free.
         assert (run / "owner.json").is_file()
-        again = command.reprise(*arguments, "--stop-after", 2, cwd=tmp_path)
+        again = command.reprise("train", *arguments, "--stop-after", 2, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert checkpoints(run) == ["step-000000002"]
 

@@ -17,6 +17,7 @@ from pipeline.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
+    find,
     inspect,
     read_state,
     write_state,
@@ -240,3 +241,21 @@ def test_a_half_written_copy_is_seen_by_its_hashes(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-000000001", tmp_path / "step-000000009")
     truncate(0.3)(tmp_path / "step-000000009" / "model.safetensors")
     assert newest(store).step == 1
+
+
+def test_a_reader_finds_the_newest_or_the_best_and_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    store = CheckpointStore(folder, World(), keep_last=9)
+    for step, score in ((1, 0.9), (2, 0.8), (3, 0.9), (4, None)):
+        store.save(step, states(step), {}, score)
+    (folder / ".partial-step-000000005").mkdir()
+    assert find(folder).step == 4
+    assert find(folder, best=True).step == 1
+    flip_one_bit(folder / "step-000000004" / "model.safetensors")
+    flip_one_bit(folder / "step-000000001" / "model.safetensors")
+    before = sorted(path.name for path in folder.iterdir())
+    assert find(folder).step == 3
+    assert find(folder, best=True).step == 3
+    assert sorted(path.name for path in folder.iterdir()) == before
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint yet: reprise train"):
+        find(tmp_path / "none" / "checkpoints")

@@ -22,6 +22,7 @@ from pipeline.tracking import history
 from pipeline.training import checkpoint
 from pipeline.training import run as runs
 from pipeline.training.checkpoint import CheckpointStore, read_state, write_state
+from pipeline.training.plan import plan
 from pipeline.training.trainer import Progress
 from tests.training.conftest import Tiny, digest, trace, train
 from tests.training.processes import on_ranks
@@ -281,7 +282,7 @@ def test_the_digest_depends_on_the_order_of_keys() -> None:
 
 def test_steps_per_epoch_come_from_the_manifest(tiny: Tiny) -> None:
     config = tiny.config(**{"train.accumulation": 2})
-    planned = runs.plan(config, world_size=2)
+    planned = plan(config, world_size=2)
     assert planned.steps_per_epoch == Manifest.load(tiny.shards).train.samples // 16 == 4
 
 

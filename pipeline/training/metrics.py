@@ -1,0 +1,60 @@
+"""The step metrics of training: means over the steps between two points."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed import World
+from pipeline.models import Output
+
+
+class Window:
+    """Sums since the last point, kept on the device: to read a value would wait for it."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._batches = 0
+        self._samples = 0
+
+    def add(self, terms: Mapping[str, Tensor], output: Output) -> None:
+        """Count one micro-batch of this rank: its loss terms, and who executed what."""
+        gated = [route for route in output.routes if route.target is not None]
+        values = torch.cat(
+            [
+                torch.stack([term.detach() for term in terms.values()]),
+                *(route.executed.float().mean(0) for route in gated),
+            ]
+        )
+        if self._sums is None:
+            self._names = list(terms)
+            for route in gated:
+                steps = range(1, route.executed.shape[1] + 1)
+                self._names += [f"rate/{route.cell}/{step}" for step in steps]
+            self._sums, self._terms = values, len(terms)
+        else:
+            self._sums = self._sums + values
+        self._batches += 1
+        self._samples += len(output.logits)
+
+    def point(self, world: World) -> dict[str, float]:
+        """Means over the window and all ranks, `train/...`; collective. Empty without batches.
+
+        `train/loss` is the sum of the loss terms, `train/rate/<cell>/<step>` the share of samples
+        that executed a step at the noisy gates of training.
+        """
+        if self._sums is None:
+            return {}
+        means = (world.sum(self._sums) / (self._batches * world.world_size)).tolist()
+        point = {f"train/{name}": mean for name, mean in zip(self._names, means, strict=True)}
+        seconds = time.perf_counter() - self._started
+        return {
+            "train/loss": sum(means[: self._terms]),
+            **point,
+            "train/images_per_second": self._samples * world.world_size / seconds,
+        }

@@ -1,0 +1,72 @@
+"""What a configuration will do, known and checked before any process or file is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from data_prep.manifest import Manifest
+from pipeline.config import Config, ConfigError
+from pipeline.data import BatchPlan
+from pipeline.distributed import World
+from pipeline.models import Network, create_model
+from pipeline.models.cost import Cost, measure
+from pipeline.training import optim
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The data, the cost, the parameter groups and the length of a run."""
+
+    config: Config
+    manifest: Manifest
+    cost: Cost
+    groups: list[optim.Group]
+    steps_per_epoch: int  # optimizer steps
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Check everything that can be wrong with a configuration here and now.
+
+    Raises:
+        ValueError: the model or its options, the shard set, the parameter groups, or a batch that
+            the ranks cannot divide.
+    """
+    manifest = Manifest.load(config.data.path)
+    model = build_model(config, len(manifest.classes))
+    micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
+    return Plan(
+        config=config,
+        manifest=manifest,
+        cost=measure(model, config.data.augment.size),
+        groups=optim.groups(model, config.optimizer),
+        steps_per_epoch=micro // config.train.accumulation,
+    )
+
+
+def build_model(config: Config, classes: int) -> Network:
+    """The network, its initial weights decided by the seed alone.
+
+    Raises:
+        ConfigError: an unknown model or option, or a combination that makes no sense.
+    """
+    if "num_classes" in config.model_options:
+        raise ConfigError("model_options.num_classes comes from the shard set: remove it")
+    torch.manual_seed(config.seed)
+    try:
+        return create_model(config.model, num_classes=classes, **config.model_options)
+    except ValueError as error:
+        raise ConfigError(f"model={config.model}: {error}") from None
+
+
+def _batch_plan(config: Config, manifest: Manifest, world: World) -> BatchPlan:
+    return BatchPlan(
+        samples=manifest.train.samples,
+        global_batch=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.seed,
+        shard_sizes=tuple(shard.samples for shard in manifest.train.shards),
+    )

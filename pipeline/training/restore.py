@@ -1,0 +1,82 @@
+"""From a checkpoint back to a network, and only to the network that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.manifest import Manifest
+from pipeline.config import Config
+from pipeline.models import Network
+from pipeline.training.checkpoint import Checkpoint, CheckpointError
+from pipeline.training.plan import build_model
+
+
+def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What must not change over the life of a run directory."""
+    return {
+        "model": config.model,
+        "classes": len(manifest.classes),
+        "class_map_sha256": manifest.class_map_sha256,
+        "channel_mean": list(manifest.channel_mean),
+        "channel_std": list(manifest.channel_std),
+    }
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose identity (model, class map) is not the one expected."""
+    saved = checkpoint.load("identity")
+    for key, expected in identity.items():
+        if saved.get(key) != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} has {key} {saved.get(key)}, now {expected}: use the "
+                f"{key.replace('_', ' ')} it was trained with, or start a new run directory"
+            )
+
+
+def load_model(model: Network, origin: Path, saved: Mapping[str, Tensor]) -> None:
+    """Load weights and averaged statistics that come from `origin`.
+
+    Raises:
+        CheckpointError: names or shapes differ; all of them are listed.
+    """
+    own = model.state_dict()
+    odd = [f"{key} (missing)" for key in own.keys() - saved.keys()]
+    odd += [f"{key} (unknown)" for key in saved.keys() - own.keys()]
+    odd += [
+        f"{key} {tuple(saved[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in saved.keys() & own.keys()
+        if saved[key].shape != own[key].shape
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{origin} is of another network: {', '.join(sorted(odd))}: "
+            "use the model it was trained with"
+        )
+    model.load_state_dict(saved)
+
+
+def trained_network(
+    config: Config, manifest: Manifest, checkpoint: Checkpoint, device: torch.device
+) -> Network:
+    """The network of a checkpoint, for evaluation: the averaged weights where there are any.
+
+    Raises:
+        CheckpointError: it is of another model or class map.
+    """
+    check_identity(checkpoint, identity(config, manifest))
+    model = build_model(config, len(manifest.classes))
+    load_model(model, checkpoint.path, evaluated_weights(checkpoint))
+    return model.to(device)
+
+
+def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors that evaluation uses, by name."""
+    if "average" in checkpoint.states:
+        average: dict[str, Tensor] = checkpoint.load("average")["network"]
+        return average
+    return checkpoint.load("model")
