@@ -128,6 +128,11 @@ def train(
     if run_dir is None:
         run_dir = Path("runs") / f"{config.name.replace('/', '-')}-seed{config.seed}"
     world = World.detect()
+    if nproc > 1 and world.world_size > 1:
+        raise ConfigError(
+            f"--nproc {nproc} inside a launcher that started {world.world_size} ranks already: "
+            "leave --nproc away"
+        )
     planned = plan(config, max(nproc, world.world_size))
     if world.is_main and not quiet:
         click.echo(describe.plan(planned), err=not dry_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +111,7 @@ def wants_bar(quiet: bool) -> bool:
 def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) that moves a bar on a terminal and writes tenths elsewhere."""
     bar = tqdm(desc=what, unit=" images", dynamic_ncols=True, disable=not wants_bar(quiet))
-    tenth = 0
+    started, tenth = time.monotonic(), 0
 
     def report(done: int, total: int) -> None:
         nonlocal tenth
@@ -118,7 +119,8 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         bar.update(done - bar.n)
         if bar.disable and total and done * 10 // total > tenth:
             tenth = done * 10 // total
-            log.info("%s: %d of %d images", what, done, total)
+            rate = done / max(time.monotonic() - started, 1e-3)
+            log.info("%s: %d of %d images, %.0f images/s", what, done, total, rate)
 
     try:
         yield report

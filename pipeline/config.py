@@ -213,7 +213,7 @@ def _explain(error: ValidationError) -> str:
     """All problems on one line, each with the key and the cure."""
     parts = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown key {key!r}{_nearest(problem['loc'])}")
         elif problem["type"] == "missing":

@@ -44,12 +44,11 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, and say why, what needs a device that is not here."""
-    if not any("gpu" in item.keywords for item in items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
         return
     import torch
 
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
+    if not torch.cuda.is_available():
+        for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible here"))

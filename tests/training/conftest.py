@@ -13,6 +13,7 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.run_directory import RunDirectory
+from pipeline.tracking import Tracker
 from pipeline.training.checkpoint import CheckpointStore, read_state
 
 
@@ -39,6 +40,13 @@ def tiny(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tiny:
     monkeypatch.chdir(tmp_path)  # the tracking store is made in the working folder
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Tiny(shards)
+
+
+@pytest.fixture
+def journal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare a test of something else the seconds of the process that carries the journal away."""
+    monkeypatch.setattr(Tracker, "start", lambda self: None)
+    monkeypatch.setattr(Tracker, "finish", lambda self, status: True)
 
 
 def train(config: Config, run: Path, *, nproc: int = 1, stop_after: int | None = None) -> int:

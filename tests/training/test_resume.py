@@ -7,6 +7,8 @@ import pytest
 from pipeline.run_directory import RunDirectory
 from tests.training.conftest import Tiny, trace, train
 
+pytestmark = pytest.mark.usefixtures("journal_only")  # in this process; ranks of their own track
+
 MID_EPOCH = 6  # of 12 steps, 4 an epoch
 
 VARIANTS = {

@@ -28,6 +28,9 @@ from tests.training.conftest import Tiny, digest, trace, train
 from tests.training.processes import on_ranks
 
 
+pytestmark = pytest.mark.usefixtures("journal_only")
+
+
 @pytest.fixture
 def finished(tiny: Tiny, tmp_path: Path) -> tuple[Config, Path]:
     config = tiny.config(
