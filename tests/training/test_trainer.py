@@ -27,7 +27,6 @@ from pipeline.training.trainer import Progress
 from tests.training.conftest import Tiny, digest, trace, train
 from tests.training.processes import on_ranks
 
-
 pytestmark = pytest.mark.usefixtures("journal_only")
 
 
