@@ -131,7 +131,7 @@ class Checkpoints(_Section):
 class Config(_Section):
     """Everything that decides a run. Its YAML form is a recipe."""
 
-    name: str = Field(description="recipe's name, also the MLflow run's")
+    name: str = Field(description="the recipe's")
     model: str
     model_options: dict[str, Any] = {}
     data: Data

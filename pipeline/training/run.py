@@ -227,7 +227,7 @@ class Untracked:
 def _tracker(config: Config, directory: RunDirectory, world: World) -> Tracker | Untracked:
     if not world.is_main:
         return Untracked()
-    tracker = Tracker(directory.path, run_name=config.name, experiment=config.experiment)
+    tracker = Tracker(directory.path, run_name=directory.path.name, experiment=config.experiment)
     tracker.start()
     tracker.params(config.flat())
     tracker.artifact(directory.config_file)

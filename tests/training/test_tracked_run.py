@@ -23,7 +23,8 @@ def test_one_run_with_every_point_once(tiny: Tiny, tmp_path: Path) -> None:
     (experiment,) = client.search_experiments(filter_string="name = 'reprise'")
     (tracked,) = client.search_runs([experiment.experiment_id])
     assert tracked.info.status == "FINISHED"
-    assert tracked.info.run_name == "tiny"
+    assert tracked.info.run_name == "run"
+    assert tracked.data.params["name"] == "tiny"
     assert tracked.data.params["optimizer.nesterov"] == "True"
     assert tracked.data.params["model"] == "dr_resnet16"
     names = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
