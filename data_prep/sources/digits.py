@@ -9,22 +9,29 @@ from data_prep.listing import Item, Listing, PixelReader
 
 SIDE = 32
 LEVELS = 16
-TEST_EVERY = 5
+TEST_IMAGES = 360
 
 
 class DigitsSource:
     """The digits at 32x32 pixels, 8-bit grey, 1,437 for training and 360 for test.
 
-    The split does not depend on the seed: of the digits sorted by class and then by their place in
-    the data set, every fifth is for test, so that each class is split alike.
+    The split does not depend on the seed: it is scikit-learn's own, stratified by class, with
+    random_state=0.
     """
 
     def open(self, scratch: Path) -> Listing:
         """Write the scaled pixels to ``scratch`` and list them."""
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        test = set(np.argsort(digits.target, kind="stable")[::TEST_EVERY].tolist())
+        _, test = train_test_split(
+            np.arange(len(digits.target)),
+            test_size=TEST_IMAGES,
+            stratify=digits.target,
+            random_state=0,
+        )
+        test = set(test.tolist())
         file = scratch / "digits.bin"
         file.write_bytes(b"".join(_scaled(image) for image in digits.images))
         size = SIDE * SIDE
