@@ -65,7 +65,7 @@ class _ThroughBar(logging.Handler):
 
 
 class _OwnOrSerious(logging.Filter):
-    """Our own records, and warnings of the libraries beneath."""
+    """Our own records, and errors of the libraries beneath."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         own = record.name.split(".")[0] in ("pipeline", "jobs", "data_prep")

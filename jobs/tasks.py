@@ -74,15 +74,13 @@ class Train:
 
 
 def _say_finished(directory: RunDirectory) -> None:
-    from pipeline.distributed import World
-    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training import checkpoint
 
-    newest = CheckpointStore(directory.checkpoints, World(), keep_last=1).newest()
-    assert newest is not None, "a finished run has a checkpoint"
+    # The directory is no longer owned: another process may be writing to it.
     log.warning(
         "%s finished at step %d before this call: for another run give --run or another seed",
         directory.path,
-        newest.step,
+        checkpoint.find(directory.checkpoints).step,
     )
 
 

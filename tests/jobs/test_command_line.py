@@ -213,6 +213,20 @@ def test_evaluation_needs_a_checkpoint(reprise, finished: Path, tmp_path: Path) 
     assert line.endswith("checkpoint yet: reprise train bare")
 
 
+def test_a_finished_run_is_named_without_touching_what_another_process_writes(
+    finished: Path, tmp_path: Path, caplog
+) -> None:
+    from jobs import tasks
+    from pipeline.run_directory import RunDirectory
+
+    shutil.copytree(finished, tmp_path / "run")
+    partial = tmp_path / "run" / "checkpoints" / ".partial-step-000000008"
+    partial.mkdir()
+    tasks._say_finished(RunDirectory(tmp_path / "run"))
+    assert "finished at step 4 before this call" in caplog.text
+    assert partial.is_dir()
+
+
 def test_report(reprise, finished: Path) -> None:
     answer = reprise("report", finished)
     assert answer.code == 0
