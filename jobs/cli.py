@@ -134,9 +134,9 @@ def train(
             "leave --nproc away"
         )
     planned = plan(config, max(nproc, world.world_size))
-    if world.is_main and not quiet:
-        click.echo(describe.plan(planned), err=not dry_run)
     if dry_run:
+        if world.is_main and not quiet:
+            click.echo(describe.plan(planned))
         click.echo(config.to_yaml(), nl=False)
         return
     task = tasks.Train(config, run_dir, quiet, stop_after)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import console
+from jobs import console, describe
 from jobs.errors import Exit, guarded
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.evaluate import Summary
     from pipeline.run_directory import RunDirectory
+    from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -52,14 +53,17 @@ class Train:
         directory = RunDirectory(self.run)
         stop = _StopRequest()
         display = console.TrainingDisplay(console.wants_bar(self.quiet) and rank == 0)
+
+        def keep_log(planned: Plan) -> None:
+            console.configure(self.quiet, directory.logs / f"rank-{rank}.log", rank)
+            log.info("%s", describe.plan(planned))
+
         try:
             outcome = run(
                 self.config,
                 directory,
                 display,
-                on_owned=lambda: console.configure(
-                    self.quiet, directory.logs / f"rank-{rank}.log", rank
-                ),
+                on_owned=keep_log,
                 stop_requested=stop,
                 stop_after=self.stop_after,
             )

@@ -44,14 +44,14 @@ def run(
     directory: RunDirectory,
     display: Display,
     *,
-    on_owned: Callable[[], None],
+    on_owned: Callable[[Plan], None],
     stop_requested: Callable[[], bool],
     stop_after: int | None = None,
 ) -> Outcome:
     """Train, or go on training, in this run directory; every rank calls this.
 
     Args:
-        on_owned: called once the directory belongs to this run, before anything is written there.
+        on_owned: called with what will be done once the directory belongs to this run.
         stop_requested, stop_after: see `Trainer`.
 
     Raises:
@@ -63,7 +63,7 @@ def run(
     try:
         planned = plan(config, world.world_size)
         with _owned(directory, config, world):
-            on_owned()
+            on_owned(planned)
             outcome = _run_owned(planned, directory, world, display, stop_requested, stop_after)
         world.broadcast(None)  # leave together: some launchers end whoever stays behind
         return outcome

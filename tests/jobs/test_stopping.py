@@ -101,7 +101,11 @@ def test_what_is_seen_of_a_run(finished: Path, recipe: Path) -> None:
     assert "images/s" in shown
     assert "step/s" not in shown
     assert "reprise eval run" in (folder / "stdout").read_text()
-    assert "INFO step 4 of 4: loss" in (finished / "logs" / "rank-0.log").read_text()
+    log = (finished / "logs" / "rank-0.log").read_text()
+    assert "INFO step 4 of 4: loss" in log
+    for told in (shown, log):
+        roles = [line.split()[0] for line in told.splitlines() if line.endswith(" 0.0005")]
+        assert roles == ["shared", "gate", "norm", "rest"]
 
     again = command.reprise("train", "run", "--quiet", cwd=folder)
     assert again.returncode == 0

@@ -136,7 +136,7 @@ def run_into_nan(config: Config, run: Path, world: World) -> tuple[str, str]:
             config,
             RunDirectory(run),
             TrainingDisplay(bar=False),
-            on_owned=lambda: None,
+            on_owned=lambda planned: None,
             stop_requested=lambda: False,
         )
     parameters = {name: p.detach() for name, p in built[0].model.named_parameters()}
