@@ -219,7 +219,7 @@ class Evaluate:
                 count,
             )
         loader.close()
-        folder = directory.evaluation_of(manifest)
+        folder = directory.evaluation_of(manifest, self.data)
         if world.is_main:
             evaluation.save(folder, summary, samples)
         world.stop()

@@ -88,7 +88,7 @@ class Schedule(_Section):
     """Factor on every group's learning rate as a function of the progress, in epochs."""
 
     name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    warmup_epochs: float = Field(default=0.0, ge=0, description="linear, from zero")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="linear, up to the rate")
     milestones: tuple[float, ...] = Field(default=(), description="epochs, for step")
     gamma: float = Field(default=0.1, gt=0, description="factor at each milestone, for step")
     peak: float = Field(default=0.3, gt=0, lt=1, description="fraction of training, for one_cycle")

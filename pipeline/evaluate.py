@@ -36,7 +36,7 @@ class Summary:
     mean_steps: float  # executed recursive steps per sample, all cells
     maximal_steps: int
     steps_histogram: tuple[int, ...]  # samples that executed 0, 1, 2, ... steps in all
-    rates: dict[str, list[float]]  # gated cell -> share of samples executing each step
+    rates: dict[str, list[float]]  # recursive cell -> share of samples executing each step
     multiply_adds: float  # per sample, as executed
     nominal_multiply_adds: int
     images_per_second: float  # all ranks, reading included
@@ -64,7 +64,7 @@ class Samples:
     labels: np.ndarray  # int64
     predictions: np.ndarray  # int64
     losses: np.ndarray  # float32
-    steps: np.ndarray  # (samples, gated cells) int64: executed steps of each cell
+    steps: np.ndarray  # (samples, recursive cells) int64: executed steps of each cell
 
     def save(self, path: Path) -> None:
         with path.open("wb") as file:

@@ -41,9 +41,13 @@ class RunDirectory:
     def exists(self) -> bool:
         return self.config_file.is_file()
 
-    def evaluation_of(self, manifest: Manifest) -> Path:
-        """Where the evaluation on a shard set's evaluation split is kept."""
-        return self.evaluation / f"{manifest.name}-{manifest.evaluation.name}"
+    def evaluation_of(self, manifest: Manifest, other: Path | None = None) -> Path:
+        """Where the evaluation on a shard set's evaluation split is kept.
+
+        A set `other` than the run's own is known by its path: two sets may have one name.
+        """
+        name = manifest.name if other is None else "-".join(other.parts).strip("-./")
+        return self.evaluation / f"{name.replace('/', '')}-{manifest.evaluation.name}"
 
     def read_config(self) -> Config:
         """Raises ConfigError if this is not a run directory."""

@@ -161,9 +161,12 @@ class CheckpointStore:
         best = self.best()
         for path in _directories(self.folder)[: -self.keep_last]:
             if best is None or path != best.path:
-                # Renamed first, so that a kill in mid-removal leaves no half checkpoint.
-                doomed = path.rename(self.folder / f"{PARTIAL}{path.name}")
-                shutil.rmtree(doomed)
+                try:
+                    # Renamed first, so that a kill in mid-removal leaves no half checkpoint.
+                    doomed = path.rename(self.folder / f"{PARTIAL}{path.name}")
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    log.warning("cannot remove the old checkpoint %s: %s", path, error)
 
 
 def find(folder: Path, best: bool = False) -> Checkpoint:

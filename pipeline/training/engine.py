@@ -62,6 +62,7 @@ class Engine:
             self._optimizer.torch_autocast_gradscaler = None
             self._optimizer.override_loss_scale(self._scale.value)
         self._to_step(0)
+        self.applied_rates = self.learning_rates()  # those of the last update, for the record
 
     def forward(self, images: Tensor) -> Output:
         """Training forward pass of this rank's micro-batch, in the configured precision."""
@@ -74,6 +75,7 @@ class Engine:
         """After each micro-batch; updates the weights when the last of an update is in."""
         self._engine.step()
         if self.updated:
+            self.applied_rates = self.learning_rates()
             if self._scale:
                 self._scale.update(overflow=self._optimizer.overflow)
                 self._optimizer.override_loss_scale(self._scale.value)
@@ -91,7 +93,7 @@ class Engine:
         return bool(self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0)
 
     def learning_rates(self) -> dict[str, float]:
-        """Current learning rate of each group."""
+        """Learning rate of each group in the coming update."""
         return {group["name"]: float(group["lr"]) for group in self._inner.param_groups}
 
     def loss_scale(self) -> float | None:

@@ -19,7 +19,7 @@ from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
-from pipeline.training import schedules
+from pipeline.training import checkpoint, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
@@ -136,9 +136,9 @@ def _build(
         stop_requested=stop_requested,
         on_step=display.stepped,
     )
-    if checkpoint := trainer.store.newest():
-        trainer.restore(checkpoint)
-        log.info("resumed from %s", checkpoint.path)
+    if newest := trainer.store.newest():
+        trainer.restore(newest)
+        log.info("resumed from %s", newest.path)
     elif world.is_main:
         log.info("starting a new run in %s", directory.path)
     return trainer
@@ -201,8 +201,7 @@ def _hand_over(
 
     report.write(directory)
     tracker.artifact(directory.report)
-    best = store.best()
-    assert best is not None, "the last epoch is always evaluated and saved"
+    best = checkpoint.find(store.folder, best=True)
     weights = {name: value.contiguous() for name, value in evaluated_weights(best).items()}
     save_file(weights, directory.weights, metadata={"step": str(best.step)})
     tracker.artifact(directory.weights)

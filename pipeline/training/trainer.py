@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of some rank was NaN or infinite; nothing was updated with it."""
+    """The loss of some rank is NaN or infinite, or the weights are: nothing of it is saved."""
 
 
 class MetricSink(Protocol):
@@ -236,7 +236,7 @@ class Trainer:
     def _log_point(self) -> None:
         window, self._window = self._window, Window()
         point = window.point(self.world)
-        point |= {f"lr/{name}": lr for name, lr in self.engine.learning_rates().items()}
+        point |= {f"lr/{name}": lr for name, lr in self.engine.applied_rates.items()}
         if (scale := self.engine.loss_scale()) is not None:
             point["train/loss_scale"] = scale
         point["epoch"] = self.progress.step / self.steps_per_epoch
@@ -276,6 +276,7 @@ class Trainer:
         if self._saved_step == self.progress.step:
             return
         self._saved_at = time.monotonic()
+        self._refuse_bad_weights()
         try:
             self.store.save(self.progress.step, self._shared_states(), self._own_states(), score)
         except CheckpointError as error:
@@ -285,6 +286,16 @@ class Trainer:
             return
         self._saved_step = self.progress.step
         log.info("saved checkpoint at step %d", self.progress.step)
+
+    def _refuse_bad_weights(self) -> None:
+        """A finite loss can have a gradient that is not: such weights are not saved."""
+        finite = torch.stack([value.isfinite().all() for value in self.model.parameters()]).all()
+        if not finite:
+            raise NonFiniteLoss(
+                f"weights are not finite after step {self.progress.step}, though every loss was; "
+                "they are not saved and the last checkpoint is good: lower optimizer.lr or set "
+                "optimizer.clip_norm, in a new run"
+            )
 
     def _shared_states(self) -> dict[str, Any]:
         with self.statistics.averaged(self.world):

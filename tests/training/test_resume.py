@@ -1,5 +1,8 @@
 """2N steps in one go equal N, stop, resume, N: same weights bit by bit, same ordered keys."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,19 @@ def test_a_finished_run_is_left_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
     assert train(config, run) == 0
     after = {path: path.stat().st_mtime_ns for path in RunDirectory(run).checkpoints.rglob("*")}
     assert after == before
+
+
+def test_a_run_killed_with_kill_9_goes_on_as_if_it_had_not_been(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(**{"checkpoints.every_steps": 2, "train.epochs": 6})
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml())
+    command = [Path(sys.executable).with_name("reprise"), "train", "tiny.yaml", "--quiet", "--run"]
+    killed = subprocess.Popen([*command, "killed"], cwd=tmp_path)
+    while not list(tmp_path.glob("killed/checkpoints/step-00000000[46]")):
+        assert killed.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    for run in ("killed", "whole"):
+        subprocess.run([*command, run], cwd=tmp_path, check=True)
+    assert "resumed from" in (tmp_path / "killed" / "logs" / "rank-0.log").read_text()
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")

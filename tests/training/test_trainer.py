@@ -167,6 +167,23 @@ def test_a_diverging_run_ends_with_its_own_status(tiny: Tiny, tmp_path: Path) ->
     assert list((tmp_path / "run").glob("nonfinite-step-*.json"))
 
 
+def test_the_rate_that_is_recorded_is_the_one_that_was_applied(tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"schedule.name": "step", "schedule.milestones": "[1]", "train.epochs": 2}
+    assert train(tiny.config(**settings), tmp_path / "run") == 0
+    points = history(tmp_path / "run")["lr/rest"]
+    assert points == [(4, pytest.approx(0.05)), (8, pytest.approx(0.005))]
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"optimizer.lr": 3e38, "optimizer.weight_decay": 100, "schedule.name": "constant"}
+    settings["checkpoints.every_steps"] = 1
+    assert train(tiny.config(**settings), tmp_path / "run") == Exit.NON_FINITE
+    assert "weights are not finite after step 1" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 CHANGED = {
     "class_map_sha256": "0" * 64,
     "model": "resnet20",
