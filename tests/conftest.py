@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and processes inherit that.
+# Tests that a shell starts in the background ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
