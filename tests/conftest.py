@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# One thread each: threads that wait for each other spin, and tests share the cores with much else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests that a shell starts in the background ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
