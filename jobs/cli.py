@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -221,6 +222,9 @@ def demo(folder: Path, seed: int, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point of `reprise`; exit status 2 and one line for what the user can mend."""
+    # Read when torch is loaded. OpenMP's threads spin at barriers by default, so that any other
+    # work on the machine slows training down many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     status = guarded(_invoke)
     # A launcher ends the ranks that are still here once one has left with this status; a signal
     # while the interpreter winds up would replace it.

@@ -120,6 +120,9 @@ class Train(_Section):
     zero_stage: Literal[0, 1] = 0
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     evaluate_every: int = Field(default=1, gt=0, description="epochs")
+    log_every: int = Field(
+        default=10, gt=0, description="optimizer steps; a point of a metric is the mean over them"
+    )
 
 
 class Checkpoints(_Section):

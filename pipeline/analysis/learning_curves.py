@@ -19,6 +19,11 @@ _TERMS = {
     "train/execution_rate": "execution rate",
     "eval/loss": "cross entropy, evaluation",
 }
+_ACCURACIES = {
+    "eval/top1": "top-1",
+    "eval/top5": "top-5",
+    "train/top1": "top-1, augmented training images",
+}
 
 
 def draw(run: Run) -> list[Picture]:
@@ -47,15 +52,15 @@ def _loss(run: Run) -> Picture | None:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    names = [name for name in ("eval/top1", "eval/top5") if name in run.history]
-    if not names:
+    found = {name: run.series(name) for name in _ACCURACIES if name in run.history}
+    if not found:
         return None
-    picture = Picture("accuracy", "Top-1 and top-5 accuracy of evaluation over the epochs.")
+    picture = Picture("accuracy", "Top-1 and top-5 accuracy over the epochs.")
     with drawing(picture) as axes:
-        for color, name in zip(SERIES, names, strict=False):
-            epochs, values = thin(*run.series(name))
-            label = f"top-{name[-1]}"
-            axes.plot(epochs, 100 * values, color=color, label=label, **markers(epochs, 2.8))
+        for color, (name, (epochs, values)) in zip(SERIES, found.items(), strict=False):
+            epochs, values = thin(epochs, values)
+            marked = markers(epochs, 2.8) if name.startswith("eval") else {}
+            axes.plot(epochs, 100 * values, color=color, label=_ACCURACIES[name], **marked)
         axes.set_ylabel("accuracy, %")
         over_epochs(axes)
         legend_above(axes)

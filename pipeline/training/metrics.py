@@ -22,18 +22,19 @@ class Window:
         self._batches = 0
         self._samples = 0
 
-    def add(self, terms: Mapping[str, Tensor], output: Output) -> None:
-        """Count one micro-batch of this rank: its loss terms, and who executed what."""
-        gated = [route for route in output.routes if route.target is not None]
+    def add(self, terms: Mapping[str, Tensor], output: Output, labels: Tensor) -> None:
+        """Count one micro-batch of this rank: loss terms, accuracy, and who executed what."""
+        correct = output.logits.detach().argmax(1) == labels
         values = torch.cat(
             [
                 torch.stack([term.detach() for term in terms.values()]),
-                *(route.executed.float().mean(0) for route in gated),
+                correct.float().mean(0, keepdim=True),
+                *(route.executed.float().mean(0) for route in output.routes),
             ]
         )
         if self._sums is None:
-            self._names = list(terms)
-            for route in gated:
+            self._names = [*terms, "top1"]
+            for route in output.routes:
                 steps = range(1, route.executed.shape[1] + 1)
                 self._names += [f"rate/{route.cell}/{step}" for step in steps]
             self._sums, self._terms = values, len(terms)
@@ -45,8 +46,9 @@ class Window:
     def point(self, world: World) -> dict[str, float]:
         """Means over the window and all ranks, `train/...`; collective. Empty without batches.
 
-        `train/loss` is the sum of the loss terms, `train/rate/<cell>/<step>` the share of samples
-        that executed a step at the noisy gates of training.
+        `train/loss` is the sum of the loss terms, `train/top1` the accuracy on the augmented
+        samples, `train/rate/<cell>/<step>` the share of samples that executed a step of a recursive
+        cell, at the noisy gates of training where it has one.
         """
         if self._sums is None:
             return {}

@@ -28,7 +28,6 @@ from pipeline.training.randomness import RandomStates
 from pipeline.training.restore import check_identity, load_model
 
 log = logging.getLogger(__name__)
-LOG_EVERY = 10  # optimizer steps between points of the step metrics
 
 
 class Outcome(enum.Enum):
@@ -187,7 +186,7 @@ class Trainer:
             self._refuse(batch, terms)
         self.engine.step()
         self.progress.count(batch)
-        self._window.add(terms, output)
+        self._window.add(terms, output, batch.labels)
         return verdict
 
     def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
@@ -229,7 +228,8 @@ class Trainer:
     def _after_update(self) -> None:
         if self.average:
             self.average.update(self.model)
-        if self.progress.step % LOG_EVERY == 0 or self.progress.step % self.steps_per_epoch == 0:
+        every = self.config.train.log_every
+        if self.progress.step % every == 0 or self.progress.step % self.steps_per_epoch == 0:
             self._log_point()
         self.on_step(self.progress.step, self.total_steps, self._latest)
 

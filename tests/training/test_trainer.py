@@ -62,6 +62,7 @@ def test_metrics_and_files_of_a_finished_run(finished: tuple[Config, Path]) -> N
         first, second = (points[f"train/rate/{cell}/{step}"][0][1] for step in (1, 2))
         assert 1 >= first >= second >= 0
         assert f"eval_rate/{cell}/2" in points
+    assert all(0 <= value <= 1 for _, value in points["train/top1"])
     assert (run / "report.html").stat().st_size > 1000
     directory = RunDirectory(run)
     assert directory.read_config() == config
@@ -172,6 +173,15 @@ def test_the_rate_that_is_recorded_is_the_one_that_was_applied(tiny: Tiny, tmp_p
     assert train(tiny.config(**settings), tmp_path / "run") == 0
     points = history(tmp_path / "run")["lr/rest"]
     assert points == [(4, pytest.approx(0.05)), (8, pytest.approx(0.005))]
+
+
+def test_a_recursive_cell_without_gates_has_rates_too(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(**{"model": "r_resnet16", "train.log_every": 1})
+    assert train(config, tmp_path / "run", stop_after=3) == 0
+    points = history(tmp_path / "run")
+    for cell in ("stages.1.1", "stages.2.1"):
+        for step in (1, 2):
+            assert points[f"train/rate/{cell}/{step}"] == [(n, 1.0) for n in (1, 2, 3)]
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(
