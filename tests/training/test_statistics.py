@@ -7,6 +7,7 @@ import torch
 
 from pipeline.distributed import World
 from pipeline.models import create_model
+from pipeline.training.average import WeightAverage
 from pipeline.training.statistics import LocalStatistics
 from tests.training.processes import on_ranks
 
@@ -37,3 +38,24 @@ def test_every_running_statistic_is_covered() -> None:
     names = {name for name in model.state_dict() if "running_" in name}
     assert names
     assert LocalStatistics(model).buffers.keys() == names
+
+
+def averages_saved(world: World) -> dict[str, torch.Tensor]:
+    """What a checkpoint would hold of the moving average, on ranks of different statistics."""
+    torch.manual_seed(0)
+    model = create_model("resnet20")
+    average = WeightAverage(model, decay=0.9)
+    with torch.no_grad():
+        model.stem.weight.add_(1.0)
+    average.update(model)
+    model.norm.running_mean.fill_(float(world.rank + 1))
+    with LocalStatistics(model).averaged(world):
+        network = average.state_dict(model)["network"]
+        return {name: network[name].clone() for name in ("norm.running_mean", "stem.weight")}
+
+
+def test_the_moving_average_is_saved_with_the_mean_statistics(tmp_path: Path) -> None:
+    ranks = on_ranks(averages_saved, 2, tmp_path / "ranks")
+    for found in ranks:
+        torch.testing.assert_close(found["norm.running_mean"], torch.full((16,), 1.5))
+        torch.testing.assert_close(found["stem.weight"], ranks[0]["stem.weight"])
