@@ -1,4 +1,4 @@
-"""`reprise` with a fault in one of its ranks: `python -m tests.training.faults FAULT RANK STEP ...`.
+"""`reprise` with a fault in one rank: `python -m tests.training.faults FAULT RANK STEP COMMAND...`.
 
 The rest of the arguments is the command's own. A fault strikes in every process that the launcher
 gives this rank, at this optimizer step.
@@ -73,9 +73,10 @@ def stop_thrice(step: int) -> None:
             _send(signal.SIGUSR2)
             _send(signal.SIGUSR2)
 
-    def again(self: CheckpointStore, *arguments: Any, **options: Any) -> Any:
-        _send(signal.SIGUSR2)
-        return save(self, *arguments, **options)
+    def again(self: CheckpointStore, at: int, *arguments: Any) -> Any:
+        if at > step:
+            _send(signal.SIGUSR2)
+        return save(self, at, *arguments)
 
     Trainer._after_update = asked  # type: ignore[method-assign]
     CheckpointStore.save = again  # type: ignore[method-assign]

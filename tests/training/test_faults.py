@@ -1,7 +1,6 @@
 """Faults on two ranks: the run goes on later as if nothing had been (weights and ordered keys)."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
