@@ -36,9 +36,10 @@ class BasicCell(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
-        y = F.relu(self.norm1(self.conv1(x), step))
+        # In place where no backward pass needs what is overwritten: norms keep their input only.
+        y = F.relu(self.norm1(self.conv1(x), step), inplace=True)
         y = self.norm2(self.conv2(y), step)
-        return F.relu(y + self._shortcut(x))
+        return F.relu(y.add_(self._shortcut(x)), inplace=True)
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:

@@ -144,7 +144,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
         """x (N, C, H, W), group (N,) -> y, then mean, biased var (groups, C), count (groups, 1)."""
         pixels = x.shape[2] * x.shape[3]
         member = (group[:, None] == torch.arange(groups, device=x.device)).float()
-        sample_var, sample_mean = torch.var_mean(x.float(), (2, 3), correction=0)
+        sample_mean, sample_var = _moments(x.float())
         mean, var, count = _pool(sample_mean[:, None], sample_var[:, None], member * pixels)
         if sync:
             mean, var, count = _pool_ranks(mean, var, count)
@@ -185,6 +185,17 @@ class _GroupedBatchNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each sample's channels: (N, C, H, W) -> (N, C), (N, C)."""
+    if x.is_cuda:
+        var, mean = torch.var_mean(x, (2, 3), correction=0)
+        return mean, var
+    # On CPUs the one kernel takes 5 to 15 times as long as these four.
+    mean = x.mean((2, 3))
+    centred = x - mean[:, :, None, None]
+    return mean, centred.square_().mean((2, 3))
 
 
 def _pool(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
