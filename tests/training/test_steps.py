@@ -16,6 +16,7 @@ from pipeline.models import Network, create_model
 from pipeline.models.norms import BatchNorm
 from pipeline.tracking import history
 from pipeline.training import steps
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import Engine
 from pipeline.training.plan import plan
 from tests.training.conftest import Tiny, trace, train
@@ -266,3 +267,22 @@ def test_all_steps_at_once_minimise_the_weighted_sum(tiny: Tiny, tmp_path: Path)
     )
     recorded = history(tmp_path / "run")["train/loss"][0][1]
     assert recorded == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_number_of_steps_is_evaluated_and_the_largest_decides(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    settings = adjustable(tiny, **{"train.epochs": 2})
+    assert train(settings, tmp_path / "run") == 0
+    points = history(tmp_path / "run")
+    for number in (2, 3, 4):
+        assert [step for step, _ in points[f"eval_steps/{number}/loss"]] == [4, 8]
+    assert points["eval_steps/4/top1"] == points["eval/top1"]
+    assert points["eval_steps/4/loss"] == points["eval/loss"]
+    assert points["eval_steps/2/loss"] != points["eval/loss"]
+    folders = sorted(path.name for path in (tmp_path / "run" / "evaluation").iterdir())
+    main = folders[0]
+    assert folders == [main, f"{main}-2-steps", f"{main}-3-steps"]
+    best = CheckpointStore(tmp_path / "run" / "checkpoints", World(), 1).best()
+    assert best is not None
+    assert best.score == max(value for _, value in points["eval_steps/4/top1"])
