@@ -12,11 +12,12 @@ which steps have the same weights:
 | DRNN, naive recursive          | basic           | N     | shared         | fixed      | raw     |
 | DRNN, LVBN                     | basic           | N     | per step       | fixed      | raw     |
 | DRNN, dynamic recursive        | basic           | N     | gated per step | gate       | raw     |
-| recurrent convolution          | pre-activation  | N     | per path       | sampled    | raw     |
+| recurrent convolution          | pre-activation  | N     | per path       | fixed      | raw     |
 | relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
 | ReSet                          | residual branch | N     | per step       | controller | pool    |
 
-(The lower three rows say where those papers fit; the upper four are built.)
+(The lower two rows say where those papers fit; the upper five are built. For recurrent convolution
+the number of steps is drawn by the trainer, one for the whole network, and is an argument here.)
 
 `RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
 steps. `Stage` is a run of them at one resolution; without sharing, it is a run of cells that are
