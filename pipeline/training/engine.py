@@ -96,10 +96,6 @@ class Engine:
         """Within, an update leaves the parameters that no gradient reached alone."""
         closes = self._engine.is_gradient_accumulation_boundary()
         idle = self._idle.take() if self._idle and closes else {}
-        if not self._zero:
-            for parameter in idle.values():
-                # So that the optimizer has moments of all parameters, whatever was drawn first.
-                parameter.grad = torch.zeros_like(parameter)
         with kept(idle, [*self._places(idle)], self._inner.state) if idle else nullcontext():
             yield
 

@@ -1,8 +1,8 @@
 """Parameters that no gradient reaches in an optimizer step: the norms of paths not taken.
 
-torch's optimizers skip a parameter without gradient, but DeepSpeed gives it a zero gradient (ZeRO 0
-on several ranks, ZeRO 1 always), with which weight decay and momentum move it: what it becomes
-would depend on the arrangement. Here it stays as it is in every arrangement.
+torch's optimizers skip a parameter without gradient, but DeepSpeed gives it a zero gradient, with
+which weight decay and momentum move it: the more, the more rarely its path is taken. Here it stays
+as it is, at any ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
