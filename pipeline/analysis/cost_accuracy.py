@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.analysis.contents import Run
-from pipeline.analysis.figure import SERIES, Picture, drawing, legend_above
+from pipeline.analysis.figure import SERIES, Picture, drawing
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def points(run: Run) -> list[Point]:
 def draw(runs: Sequence[Run]) -> list[Picture]:
     """The curves of all runs over multiply-adds; of several runs also the relative ones of Fig. 7.
 
+    Colours are in the order of the runs; the page names them, since names of runs may be long.
+
     Nothing where the first run has fewer than two points.
 
     Raises:
@@ -72,15 +74,15 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
 def _absolute(curves: list[Curve]) -> Picture:
     picture = Picture("cost-accuracy", "Top-1 accuracy over multiply-adds per image.")
     with drawing(picture) as axes:
-        for color, (name, curve) in zip(SERIES, curves, strict=False):
+        for number, (_, curve) in enumerate(curves):
+            color = SERIES[number % len(SERIES)]
             cost = [point.multiply_adds / 1e6 for point in curve]
             top1 = [100 * point.top1 for point in curve]
-            axes.plot(cost, top1, color=color, marker="o", markersize=4, label=name)
+            axes.plot(cost, top1, color=color, marker="o", markersize=4)
             for point, x, y in zip(curve, cost, top1, strict=True):
                 axes.annotate(str(point.steps), (x, y), xytext=(4, -11), textcoords="offset points")
         axes.set(xlabel="multiply-adds per image, millions", ylabel="top-1 accuracy, %")
         axes.margins(0.12)
-        legend_above(axes, columns=2)
     return picture
 
 
@@ -90,11 +92,11 @@ def _relative(curves: list[Curve]) -> Picture:
         "Accuracy over multiply-adds, both as shares of a network's own at its largest cost.",
     )
     with drawing(picture) as axes:
-        for color, (name, curve) in zip(SERIES, curves, strict=False):
+        for number, (_, curve) in enumerate(curves):
+            color = SERIES[number % len(SERIES)]
             cost = [100 * point.cost_share for point in curve]
             top1 = [100 * point.top1_share for point in curve]
-            axes.plot(cost, top1, color=color, marker="o", markersize=4, label=name)
+            axes.plot(cost, top1, color=color, marker="o", markersize=4)
         axes.set(xlabel="relative multiply-adds, %", ylabel="relative accuracy, %")
         axes.margins(0.12)
-        legend_above(axes, columns=2)
     return picture

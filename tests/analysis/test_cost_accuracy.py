@@ -76,8 +76,8 @@ def test_a_baseline_is_drawn_beside_it_relative_to_its_own_largest(make_run, sha
     pictures = cost_accuracy.draw([own, contents.read(exits)])
     assert [picture.name for picture in pictures] == ["cost-accuracy", "cost-accuracy-relative"]
     for picture in pictures:
-        assert ">first</text>" in picture.svg
-        assert ">exits</text>" in picture.svg
+        assert "var(--series-1)" in picture.svg
+        assert "var(--series-2)" in picture.svg
     assert max(ticks(pictures[1].svg)) == 100
     assert cost_accuracy.points(contents.read(exits))[0].top1_share == pytest.approx(0.5)
 
@@ -101,4 +101,6 @@ def test_the_page_shows_curve_and_numbers(make_run, shards):
     beside = adjustable(make_run, shards, "exits", "rc_early_exit")
     both = report.write(directory, [beside]).read_text()
     assert len(re.findall(r"<tr><td>exits</td>", both)) == 3
+    key = re.findall(r'series-(\d)\)"></i>(\w+)</span>', both.split('id="costs"')[1])
+    assert key[:2] == [("1", "first"), ("2", "exits")]
     assert 'id="costs"' not in report.write(make_run()).read_text()
