@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ def plan(planned: Plan) -> str:
             f"{config.schedule.name} schedule, seed {config.seed}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
+            *(
+                f"at {steps} steps: {mega(one.nominal)}"
+                for steps, one in planned.costs.items()
+                if steps is not None
+            ),
             _table(rows, ["group", "parameters", "lr", "weight decay"]),
         ]
     )
@@ -62,6 +68,22 @@ def summary(found: Summary) -> str:
             ["images by steps", histogram],
         ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def by_steps(found: Sequence[Summary]) -> str:
+    """The results of one network at several numbers of steps."""
+    rows: list[list[object]] = [
+        [
+            summary.step_choice,
+            f"{100 * summary.top1:.2f} %",
+            f"{summary.loss:.4f}",
+            mega(summary.multiply_adds),
+            f"{summary.images_per_second:,.0f}",
+        ]
+        for summary in found
+    ]
+    table = _table(rows, ["steps", "top-1", "loss", "multiply-adds", "images/s"])
+    return f"{table}\n{found[0].samples:,} {found[0].split} images"
 
 
 def models(pattern: str) -> str:

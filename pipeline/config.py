@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,34 @@ class Loss(_Section):
     execution_rate: float = Field(default=1.0, ge=0, description="weight of DRNN Eq. 12")
 
 
+class Steps(_Section):
+    """What a cost-adjustable network trains with (RC Sec. 4.2)."""
+
+    probabilities: dict[int, float] = Field(
+        default={}, description="of each number of steps that the network can take"
+    )
+    draw: Literal["one", "all"] = Field(
+        default="one",
+        description="per micro-batch: one number, by its probability (RC Alg. 2), or all of them, "
+        "losses weighted by the probabilities",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Steps:
+        values = self.probabilities.values()
+        if any(not value > 0 for value in values):
+            raise ValueError(
+                f"probabilities={self.probabilities} must be greater than 0: leave out numbers of "
+                "steps that are not to be trained"
+            )
+        if values and not math.isclose(math.fsum(values), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"probabilities={self.probabilities} sum to {math.fsum(values):g}: they must sum "
+                "to 1"
+            )
+        return self
+
+
 class Train(_Section):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
@@ -141,6 +170,7 @@ class Config(_Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    steps: Steps = Steps()
     train: Train
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"

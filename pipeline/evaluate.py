@@ -40,6 +40,7 @@ class Summary:
     multiply_adds: float  # per sample, as executed
     nominal_multiply_adds: int
     images_per_second: float  # all ranks, reading included
+    step_choice: int | None = None  # number of steps asked of a cost-adjustable network
 
     def metrics(self) -> dict[str, float]:
         """The numbers under the names that trackers show."""
@@ -53,6 +54,9 @@ class Summary:
         }
         for cell, rates in self.rates.items():
             values |= {f"eval_rate/{cell}/{i + 1}": rate for i, rate in enumerate(rates)}
+        if self.step_choice is not None:
+            values[f"eval_steps/{self.step_choice}/top1"] = self.top1
+            values[f"eval_steps/{self.step_choice}/loss"] = self.loss
         return values
 
 
@@ -85,15 +89,21 @@ def evaluate(
     step: int,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda _: None,
+    steps: int | None = None,
 ) -> tuple[Summary, Samples]:
     """Run the model once over this rank's samples and join the ranks' results on all ranks.
 
     Args:
-        cost: of this model, for the multiply-adds as executed.
+        cost: of this model at these steps, for the multiply-adds as executed.
         split, step: what is evaluated, and after how many optimizer steps: for the record.
         dtype: of the forward pass, under autocast unless float32.
         on_batch: called with the number of samples of each batch done on this rank.
+        steps: asked of a cost-adjustable network; None takes the largest number.
+
+    Raises:
+        ValueError: a number of steps that the network was not built for.
     """
+    choice = model.steps_taken(steps)
     training = model.training
     model.eval()
     started = time.perf_counter()
@@ -102,7 +112,7 @@ def evaluate(
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
         for batch in loader:
-            output: Output = model(batch.images)
+            output: Output = model(batch.images, choice)
             cells = [route.cell for route in output.routes]
             parts.append({"keys": batch.keys} | _results(output, batch.labels))
             on_batch(len(batch.keys))
@@ -111,7 +121,8 @@ def evaluate(
     cells = next((names for names, _, _ in gathered if names), [])
     joined = [part for _, own, _ in gathered for part in own]
     seconds = max(elapsed for _, _, elapsed in gathered)
-    return _summarise(joined, cells, cost, seconds, {"split": split, "step": step})
+    record = {"split": split, "step": step, "step_choice": choice}
+    return _summarise(joined, cells, cost, seconds, record)
 
 
 def _results(output: Output, labels: torch.Tensor) -> dict[str, Any]:

@@ -41,13 +41,17 @@ class RunDirectory:
     def exists(self) -> bool:
         return self.config_file.is_file()
 
-    def evaluation_of(self, manifest: Manifest, other: Path | None = None) -> Path:
+    def evaluation_of(
+        self, manifest: Manifest, other: Path | None = None, fewer_steps: int | None = None
+    ) -> Path:
         """Where the evaluation on a shard set's evaluation split is kept.
 
         A set `other` than the run's own is known by its path: two sets may have one name.
+        `fewer_steps` than the largest number have a place of their own.
         """
         name = manifest.name if other is None else "-".join(other.parts).strip("-./")
-        return self.evaluation / f"{name.replace('/', '')}-{manifest.evaluation.name}"
+        suffix = "" if fewer_steps is None else f"-{fewer_steps}-steps"
+        return self.evaluation / f"{name.replace('/', '')}-{manifest.evaluation.name}{suffix}"
 
     def read_config(self) -> Config:
         """Raises ConfigError if this is not a run directory."""

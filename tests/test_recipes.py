@@ -65,6 +65,49 @@ def test_the_schedule_is_the_papers(name: str) -> None:
     assert flat["name"] == name
 
 
+def test_recurrent_convolution_trains_as_its_paper_says() -> None:
+    """RC Sec. 3.3: half the learning rate for what is shared, clipped gradients."""
+    found = [name for name in RECIPES if name.startswith("rc/")]
+    assert len(found) == 35
+    for name in found:
+        flat = recipes.load(name).flat()
+        assert flat["name"] == name
+        assert flat["optimizer.clip_norm"] == 1.0
+        model = create_model(flat["model"])
+        shares = "shared" in model.roles().values()
+        assert flat.get("optimizer.groups.shared.lr_factor") == (0.5 if shares else None), name
+        assert flat["data.path"] == f"data/{name.split('/')[1]}"
+        assert flat["train.epochs"] == (4 if name.endswith("-short") else 200)
+
+
+def test_every_row_of_recurrent_convolution_has_a_recipe() -> None:
+    trained = {RECIPES[name].config().model for name in RECIPES if name.startswith("rc/")}
+    assert trained == set(list_models("rc_*")) - {"rc_s2_1"}  # the same network as rc_r2_1
+    figures = {name: recipe.reported for name, recipe in RECIPES.items()}
+    assert figures["rc/cifar10/rc_r2_1"] == "14.46 % error, Table 1"
+    assert figures["rc/cifar100/rc_s2_4_half"] == "31.54 % error, Table 1"
+    assert figures["rc/cifar100/rc_r2_4-no-norm"] == "38.56 % error, Table 2"
+    assert figures["rc/cifar10/rc_r2_4-shared-norm"] == "21.00 % error, Table 2"
+    assert figures["rc/cifar100/rc_r4"].startswith("25.83 / 25.54 / 25.29 % error at 1 / 2 / 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "probabilities", "draw"),
+    [
+        ("rc/cifar10/rc_r2", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
+        ("rc/cifar100/rc_r2", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
+        ("rc/cifar10/rc_r2-short", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
+        ("rc/cifar100/rc_r4", {1: 0.2, 2: 0.3, 3: 0.5}, "one"),
+        ("rc/cifar100/rc_early_exit", {2: 0.2, 3: 0.3, 4: 0.5}, "all"),
+    ],
+)
+def test_numbers_of_steps_are_drawn_as_in_section_5_3(
+    name: str, probabilities: dict[int, float], draw: str
+) -> None:
+    steps = recipes.load(name).steps
+    assert (steps.probabilities, steps.draw) == (probabilities, draw)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name: str, shards: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

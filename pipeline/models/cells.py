@@ -47,3 +47,35 @@ class BasicCell(nn.Module):
         if self.new_channels:
             x = F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
         return x
+
+
+class PreActivationCell(nn.Module):
+    """shortcut + conv(relu(norm(conv(relu(norm(x)))))), 3x3 convolutions without bias.
+
+    He et al., Identity mappings in deep residual networks (2016), Fig. 4e. The shortcut is x; in a
+    cell that changes the shape it is a 1x1 convolution of relu(norm(x)).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, norm: NormFactory
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm2 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.projection = (
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            if stride > 1 or in_channels != out_channels
+            else None
+        )
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
+        # Not in place: without norms this is x itself, which the shortcut still needs.
+        activated = F.relu(self.norm1(x, step))
+        shortcut = x if self.projection is None else self.projection(activated)
+        y: Tensor = F.relu(self.norm2(self.conv1(activated), step), inplace=True)
+        y = self.conv2(y)
+        y.add_(shortcut)
+        return y

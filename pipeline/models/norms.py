@@ -5,10 +5,13 @@
 | `shared`         | one for all steps                            | the naive baseline       |
 | `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
 | `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
+| per path         | one per (steps of the stage before, step)    | RC Sec. 4.1, Eq. 6       |
+| none             | none: the input passes as it is              | RC Sec. 5.2, Table 2     |
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +119,35 @@ class GatedPerStepNorm(NormBank):
         return y
 
 
+class PerPathNorm(NormBank):
+    """One norm per step and path that leads to it: RC Sec. 4.1, Eq. 6 (double independent BN).
+
+    `paths` gives, for each number of steps that the stage before can take, the steps taken here
+    after it. With one number of steps for the whole network these are the rows of Eq. 6 up to the
+    diagonal, which are all that is ever used (Sec. 4.2).
+    """
+
+    def __init__(self, channels: int, *, paths: Mapping[int, int], sync: bool = False) -> None:
+        super().__init__(channels, norms=sum(paths.values()), sync=sync)
+        places = [(before, index) for before, steps in paths.items() for index in range(steps)]
+        self._number = {place: number for number, place in enumerate(places)}
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        y: Tensor = self.norms[self._number[step.upstream_steps, step.index]](x)
+        return y
+
+
+class NoNorm(NormBank):
+    """No norm at all: RC Sec. 5.2, Table 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, norms=0, sync=False)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return x
+
+
+# Those that need to know nothing but the number of steps.
 BANKS: dict[str, type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
     "shared": SharedNorm,
     "per_step": PerStepNorm,

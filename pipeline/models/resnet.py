@@ -67,8 +67,9 @@ class ResNet(Network):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """images (N, 3, H, W), of any size."""
+        self.steps_taken(steps)  # refuses every number
         x = F.relu(self.norm(self.stem(images)))
         routes: tuple[CellRoute, ...] = ()
         for stage in self.stages:

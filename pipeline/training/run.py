@@ -145,7 +145,11 @@ def _build(
 
 
 class _Evaluation:
-    """The evaluation after an epoch: of the averaged weights where there are any."""
+    """The evaluation after an epoch: of the averaged weights where there are any.
+
+    A cost-adjustable network is evaluated at each of its numbers of steps; the metrics that have no
+    number of steps in their name are those of the largest.
+    """
 
     def __init__(
         self,
@@ -166,19 +170,26 @@ class _Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         manifest, config = self.planned.manifest, self.planned.config
-        summary, samples = evaluation.evaluate(
-            self.average.network(self.model) if self.average else self.model,
-            self.loader,
-            self.world,
-            self.planned.cost,
-            manifest.evaluation.name,
-            step,
-            DTYPES[config.train.precision],
-        )
-        if self.world.is_main:
-            evaluation.save(self.directory.evaluation_of(manifest), summary, samples)
-            self.display.evaluated(summary)
-        return summary.metrics()
+        model = self.average.network(self.model) if self.average else self.model
+        metrics: dict[str, float] = {}
+        for steps, cost in self.planned.costs.items():
+            summary, samples = evaluation.evaluate(
+                model,
+                self.loader,
+                self.world,
+                cost,
+                manifest.evaluation.name,
+                step,
+                DTYPES[config.train.precision],
+                steps=steps,
+            )
+            if self.world.is_main:
+                fewer = None if steps == model.steps_taken(None) else steps
+                folder = self.directory.evaluation_of(manifest, fewer_steps=fewer)
+                evaluation.save(folder, summary, samples)
+                self.display.evaluated(summary)
+            metrics |= summary.metrics()  # the largest number of steps comes last
+        return metrics
 
 
 def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:

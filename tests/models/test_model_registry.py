@@ -35,10 +35,10 @@ def test_names():
         name.removeprefix("dr_") for name in list_models("dr_*")
     ]
     assert list_models("vgg*") == []
-    assert len(list_models()) == 17
+    assert len(list_models("*resnet*")) == 17
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models("*resnet*"))
 @pytest.mark.parametrize("norm", BANKS)
 def test_every_norm_with_every_router_builds_or_is_refused(name, norm):
     reason = REFUSED.get((_router(name), norm))
