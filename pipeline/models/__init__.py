@@ -8,20 +8,21 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.models import resnet
+from pipeline.models import mobilenet, resnet
 from pipeline.models.network import Network, Output, Role
 from pipeline.models.stage import CellRoute
 
 __all__ = ["CellRoute", "Network", "Output", "Role", "create_model", "list_models"]
 
-_MODELS: dict[str, Callable[..., Network]] = {**resnet.MODELS}
+_MODELS: dict[str, Callable[..., Network]] = {**resnet.MODELS, **mobilenet.MODELS}
 
 
 def create_model(name: str, **options: Any) -> Network:
     """Build a network, its weights drawn from torch's default generator.
 
     Options: num_classes, norm (of the recursive cells: shared, per_step, gated_per_step),
-    target_rate (of the gates), sync_norm (batch statistics over all ranks).
+    target_rate (of the gates), sync_norm (batch statistics over all ranks), stride_on (of the
+    bottleneck cells: 1x1, 3x3).
 
     Raises:
         ValueError: an unknown name or option, or options that make no sense for the network.

@@ -111,7 +111,8 @@ def measure(model: Network, image_size: int | None = None) -> Cost:
     }
     cells = {
         name: CellCost(
-            per_step=counted[f"{root}.{name}.cell"] // cell.steps,
+            per_step=(counted[f"{root}.{name}.cell"] - _always(counted, f"{root}.{name}", cell))
+            // cell.steps,
             router=counted.get(f"{root}.{name}.router", 0) // cell.steps,
             steps=cell.steps,
             target=cell.router.target,
@@ -124,3 +125,8 @@ def measure(model: Network, image_size: int | None = None) -> Cost:
         fixed=counted["Global"] - looped,
         cells=cells,
     )
+
+
+def _always(counted: Mapping[str, int], name: str, cell: RecursiveCell) -> int:
+    """What skipped samples compute too: the projection beside a residual branch."""
+    return counted.get(f"{name}.cell.projection", 0) if cell.weighs == "branch" else 0
