@@ -114,6 +114,7 @@ class Bottleneck(ResidualCell):
         stride_on: StrideOn = "1x1",
     ) -> None:
         super().__init__()
+        self.stride_on = stride_on
         width = out_channels // 4
         first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
