@@ -19,7 +19,7 @@ from pipeline.training import optim
 class Plan:
     """The data, the cost, the parameter groups and the length of a run."""
 
-    config: Config
+    config: Config  # its learning rate is for its own batch
     manifest: Manifest
     cost: Cost
     groups: list[optim.Group]
@@ -33,8 +33,10 @@ def plan(config: Config, world_size: int) -> Plan:
         ValueError: the model or its options, the shard set, the parameter groups, or a batch that
             the ranks cannot divide.
     """
+    config = optim.scaled(config)
     manifest = Manifest.load(config.data.path)
-    model = build_model(config, len(manifest.classes))
+    with torch.device("meta"):  # shapes alone: no weights are drawn
+        model = build_model(config, len(manifest.classes))
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(
         config=config,
