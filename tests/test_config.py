@@ -23,6 +23,11 @@ REFUSED = {
         "data.augment.paddding=3",
         ["'data.augment.paddding'", "did you mean 'data.augment.padding'"],
     ),
+    "typo in a section that is left out": (
+        "init_from.pat=runs/a",
+        ["'init_from.pat'", "did you mean 'init_from.path'", "init_from.path is missing"],
+    ),
+    "unknown fold": ("init_from={path: a, recursive: last}", ["init_from.recursive='last'"]),
     "typo near nothing": ("loss.zzz=1", ["'loss.zzz'", "loss.label_smoothing"]),
     "unknown role": ("optimizer.groups.gates.lr_factor=1", ["gates", "'gate'"]),
     "text for a number": ("train.epochs=many", ["train.epochs='many'", "integer"]),
@@ -152,3 +157,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         config.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_section_that_is_left_out_can_be_filled_in() -> None:
+    built = config.build(config.build(BASE).model_dump(mode="json"), ["init_from.path=runs/static"])
+    assert built.init_from is not None
+    assert (built.init_from.path, built.init_from.recursive) == (Path("runs/static"), "mean")

@@ -8,13 +8,17 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.models import recurrent_convolution, resnet
+from pipeline.models import mobilenet, recurrent_convolution, resnet
 from pipeline.models.network import Network, Output, Role
 from pipeline.models.stage import CellRoute
 
 __all__ = ["CellRoute", "Network", "Output", "Role", "create_model", "list_models"]
 
-_MODELS: dict[str, Callable[..., Network]] = {**resnet.MODELS, **recurrent_convolution.MODELS}
+_MODELS: dict[str, Callable[..., Network]] = {
+    **resnet.MODELS,
+    **mobilenet.MODELS,
+    **recurrent_convolution.MODELS,
+}
 
 
 def create_model(name: str, **options: Any) -> Network:
@@ -22,7 +26,7 @@ def create_model(name: str, **options: Any) -> Network:
 
     Options: num_classes, norm (of the recursive cells: none, shared, per_step, gated_per_step,
     per_path), target_rate (of the gates), steps (to choose from, of cost-adjustable networks),
-    sync_norm (batch statistics over all ranks).
+    sync_norm (batch statistics over all ranks), stride_on (of the bottleneck cells: 1x1, 3x3).
 
     Raises:
         ValueError: an unknown name or option, or options that make no sense for the network.

@@ -124,7 +124,10 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
     }
     cells = {
         name: CellCost(
-            per_step=(*calls[name], *[0] * (cell.steps - len(calls[name]))),
+            per_step=(
+                *(count - _always(counted, f"{root}.{name}", cell) for count in calls[name]),
+                *[0] * (cell.steps - len(calls[name])),
+            ),
             router=counted.get(f"{root}.{name}.router", 0) // cell.steps,
             target=cell.router.target,
         )
@@ -161,3 +164,8 @@ def _count_calls(cell: nn.Module, counter: FlopCounterMode) -> list[int]:
     cell.register_forward_pre_hook(enter)
     cell.register_forward_hook(leave)
     return calls
+
+
+def _always(counted: Mapping[str, int], name: str, cell: RecursiveCell) -> int:
+    """What skipped samples compute too: the projection beside a residual branch."""
+    return counted.get(f"{name}.cell.projection", 0) if cell.weighs == "branch" else 0

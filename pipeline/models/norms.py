@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.models.distributed import several_ranks
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -48,7 +50,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.sync = sync
 
     def forward(self, x: Tensor, executed: Tensor | None = None) -> Tensor:
-        sync = self.sync and _several_ranks()
+        sync = self.sync and several_ranks()
         if not self.training or (executed is None and not sync):
             y: Tensor = super().forward(x)
             return y
@@ -257,7 +259,3 @@ def _pool_ranks(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tenso
 def _per_sample(values: Tensor, group: Tensor) -> Tensor:
     """(groups, C), (N,) -> (N, C, 1, 1)."""
     return values[group][:, :, None, None]
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

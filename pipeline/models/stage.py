@@ -8,15 +8,17 @@ which steps have the same weights:
 
 | network                        | cell            | steps | norm bank      | router     | sharing |
 |--------------------------------|-----------------|-------|----------------|------------|---------|
-| static ResNet                  | any             | 1     | per step       | fixed      | none    |
-| DRNN, naive recursive          | basic           | N     | shared         | fixed      | raw     |
-| DRNN, LVBN                     | basic           | N     | per step       | fixed      | raw     |
-| DRNN, dynamic recursive        | basic           | N     | gated per step | gate       | raw     |
+| static ResNet, MobileNetV2     | any             | 1     | per step       | fixed      | none    |
+| stochastic depth               | residual        | 1     | per step       | drop       | none    |
+| adaptive inference graph (AIG) | residual        | 1     | per step       | gate       | none    |
+| DRNN, naive recursive          | any             | N     | shared         | fixed      | raw     |
+| DRNN, LVBN                     | any             | N     | per step       | fixed      | raw     |
+| DRNN, dynamic recursive        | any             | N     | gated per step | gate       | raw     |
 | recurrent convolution          | pre-activation  | N     | per path       | fixed      | raw     |
 | relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
 | ReSet                          | residual branch | N     | per step       | controller | pool    |
 
-(The lower two rows say where those papers fit; the upper five are built. For recurrent convolution
+(The lower two rows say where those papers fit; the upper seven are built. For recurrent convolution
 the number of steps is drawn by the trainer, one for the whole network, and is an argument here.)
 
 `RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
@@ -27,12 +29,13 @@ used once, so a static network is this same code.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.cells import ResidualCell
 from pipeline.models.norms import GatedPerStepNorm, Step
 from pipeline.models.routers import Router
 
@@ -59,9 +62,13 @@ class RecursiveCell(nn.Module):
     out of the loop stays out: G at step i is the product of the router's answers up to i. With
     `pool_midway`, 2x2 average pooling follows step ceil(n/2) of the n steps taken (RC Sec. 5).
 
+    With weighs="branch", G is the weight of the residual branch instead, so that a cell that
+    changes the shape can be skipped too: relu(shortcut(x) + G residual(x)).
+
     Raises:
         ValueError: a norm bank that separates skipped samples, with a router that skips none; a
-            pooling in the middle, with a router that lets every sample take its own steps.
+            pooling in the middle, with a router that lets every sample take its own steps; a branch
+            to weigh in a cell that has no branches, or at several steps.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class RecursiveCell(nn.Module):
         steps: int,
         router: Router,
         pool_midway: bool = False,
+        weighs: Literal["cell", "branch"] = "cell",
     ) -> None:
         super().__init__()
         gated_norm = any(isinstance(module, GatedPerStepNorm) for module in cell.modules())
@@ -85,11 +93,17 @@ class RecursiveCell(nn.Module):
                 "pool_midway with a router that decides: every sample then takes its own number of "
                 "steps, and they have no common middle: use the fixed router"
             )
+        if weighs == "branch" and not (isinstance(cell, ResidualCell) and steps == 1):
+            raise ValueError(
+                f"weighs='branch' with {steps} steps of {type(cell).__name__}: a branch is weighed "
+                "once, in a residual cell; use weighs='cell'"
+            )
         self.name = name
         self.cell = cell
         self.steps = steps
         self.router = router
         self.pool_midway = pool_midway
+        self.weighs = weighs
 
     @property
     def is_static(self) -> bool:
@@ -104,10 +118,12 @@ class RecursiveCell(nn.Module):
         `most` steps are taken where the cell has more; `upstream_steps` is what the norms are told
         of the stage before.
         """
-        if self.router.decides and not self.training:
-            x, weights = self.skipping(x)
-        else:
+        if self.training or not self.router.decides:
             x, weights = self.masked(x, most, upstream_steps)
+        elif self.weighs == "branch":
+            x, weights = self.skipping_branch(x)
+        else:
+            x, weights = self.skipping(x)
         if self.is_static:
             return x, None
         return x, CellRoute(self.name, weights, weights.detach() > 0, self.router.target)
@@ -129,9 +145,12 @@ class RecursiveCell(nn.Module):
                 x = self.cell(x, Step(index, upstream_steps))  # Eq. 1
             else:
                 inside = inside * gate
-                update = self.cell(x, Step(index, upstream_steps, inside.detach() > 0))
-                weight = inside.to(x.dtype)[:, None, None, None]
-                x = torch.lerp(x, update, weight)  # Eq. 7; lerp is exact at 0 and 1
+                step = Step(index, upstream_steps, inside.detach() > 0)
+                weight = inside[:, None, None, None]
+                if self.weighs == "branch":
+                    x = self.cell(x, step, weight)
+                else:  # Eq. 7; lerp is exact at 0 and 1
+                    x = torch.lerp(x, self.cell(x, step), weight.to(x.dtype))
             weights.append(inside)
             if self.pool_midway and index + 1 == (taken + 1) // 2:
                 x = F.avg_pool2d(x, 2)
@@ -154,6 +173,21 @@ class RecursiveCell(nn.Module):
             else:
                 x = x.index_copy(0, inside, self.cell(current[stays], Step(index)))
         return x, weights
+
+    def skipping_branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `masked` with weighs="branch"; the branch of a skipped sample is not computed."""
+        assert isinstance(self.cell, ResidualCell)
+        executed = self.router(x) > 0
+        weights = executed.float()[:, None]
+        inside = executed.nonzero()[:, 0]
+        if len(inside) == len(x):
+            return self.cell(x, Step(0)), weights
+        y = self.cell.shortcut(x)
+        if len(inside):
+            y = y.index_add(0, inside, self.cell.residual(x[inside], Step(0)))
+        else:
+            y = y.clone()  # the activation writes in place, and this may still be x
+        return self.cell.activation(y), weights
 
 
 class Stage(nn.ModuleList):

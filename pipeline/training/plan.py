@@ -22,7 +22,7 @@ class Plan:
     `costs` has one entry, under None, where the network has no choice of steps.
     """
 
-    config: Config
+    config: Config  # its learning rate is for its own batch
     manifest: Manifest
     costs: dict[int | None, Cost]
     groups: list[optim.Group]
@@ -41,8 +41,10 @@ def plan(config: Config, world_size: int) -> Plan:
         ValueError: the model or its options, the shard set, the parameter groups, the numbers of
             steps, or a batch that the ranks cannot divide.
     """
+    config = optim.scaled(config)
     manifest = Manifest.load(config.data.path)
-    model = build_model(config, len(manifest.classes))
+    with torch.device("meta"):  # shapes alone: no weights are drawn
+        model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(

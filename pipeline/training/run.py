@@ -23,6 +23,7 @@ from pipeline.training import checkpoint, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
+from pipeline.training.initial import start_from
 from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
 from pipeline.training.restore import evaluated_weights, identity
@@ -62,6 +63,9 @@ def run(
     world.start()
     try:
         planned = plan(config, world.world_size)
+        if config.init_from and not directory.exists:
+            # Refused before a directory belongs to a run that cannot start.
+            start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
         with _owned(directory, config, world):
             on_owned(planned)
             outcome = _run_owned(planned, directory, world, display, stop_requested, stop_after)
@@ -101,7 +105,11 @@ def _build(
     stop_requested: Callable[[], bool],
 ) -> Trainer:
     config = planned.config
+    store = CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last)
+    newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))
+    if newest is None and config.init_from:
+        start_from(config.init_from, model)
     model = model.to(world.device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     seed_everything(config.seed, world)
@@ -127,7 +135,7 @@ def _build(
             seed=config.seed,
             workers=config.data.workers,
         ),
-        store=CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last),
+        store=store,
         evaluate=_Evaluation(planned, directory, world, model, average, display),
         sink=tracker,
         shared={"tracker": tracker},
@@ -136,7 +144,7 @@ def _build(
         stop_requested=stop_requested,
         on_step=display.stepped,
     )
-    if newest := trainer.store.newest():
+    if newest:
         trainer.restore(newest)
         log.info("resumed from %s", newest.path)
     elif world.is_main:
