@@ -26,7 +26,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar"]))
+@click.argument("source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar", "bsd"]))
 @click.option("--source", type=ANY_PATH, help="File or folder with the images; digits needs none.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
 @click.option("--seed", default=0, show_default=True, help="Of the global shuffle.")
@@ -45,8 +45,10 @@ def prep(
     """Prepare images as WebDataset shards with DALI indices and a manifest.
 
     KIND is digits (scikit-learn's handwritten digits), folder (class folders below train/ and
-    val/ or test/, or a tar of them) or cifar (the original python batches, or class folders).
+    val/ or test/, or a tar of them), cifar (the original python batches, or class folders) or bsd
+    (the Berkeley images for denoising, in DnCNN's folders train400/, test68/ and test12/).
     """
+    from data_prep.manifest import CLASSIFICATION
     from data_prep.prepare import prepare
     from data_prep.sources import open_source
     from jobs import console
@@ -62,7 +64,8 @@ def prep(
             progress=report,
         )
     counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
-    click.echo(f"{out}: {counts} images of {len(manifest.classes)} classes")
+    of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
+    click.echo(f"{out}: {counts} images{of}")
     if manifest.rejected:
         click.echo(f"{manifest.rejected} of {manifest.found} rejected: see {out}/rejected.jsonl")
 
