@@ -26,7 +26,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar", "bsd"]))
+@click.argument(
+    "source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar", "bsd"])
+)
 @click.option("--source", type=ANY_PATH, help="File or folder with the images; digits needs none.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
 @click.option("--seed", default=0, show_default=True, help="Of the global shuffle.")
@@ -153,15 +155,16 @@ def train(
 
 @cli.command("eval")
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
-@click.option("--data", type=FOLDER, help="Another shard set with the same classes.")
+@click.option("--data", type=FOLDER, help="Another shard set of the same classes or task.")
+@click.option("--split", help="Another split of the set than the one to evaluate on.")
 @click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
 @QUIET
-def evaluate(run_dir: Path, data: Path | None, best: bool, quiet: bool) -> None:
-    """Evaluate a run: accuracy, executed steps, multiply-adds, images/s."""
+def evaluate(run_dir: Path, data: Path | None, split: str | None, best: bool, quiet: bool) -> None:
+    """Evaluate a run: accuracy or PSNR, executed steps, multiply-adds, images/s."""
     from jobs import console, describe, tasks
 
     console.configure(quiet)
-    summary, folder = tasks.Evaluate(run_dir, data, best, quiet)()
+    summary, folder = tasks.Evaluate(run_dir, data, split, best, quiet)()
     click.echo(describe.summary(summary))
     click.echo(f"per-sample results: {folder}")
 

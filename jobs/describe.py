@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import Summary
+    from pipeline.tasks import Summary
     from pipeline.training.plan import Plan
 
 
@@ -24,6 +24,8 @@ def mega(multiply_adds: float) -> str:
 def plan(planned: Plan) -> str:
     """What a run will do: data, network, parameter groups, steps."""
     config, manifest, cost = planned.config, planned.manifest, planned.cost
+    sigma, classes = config.data.sigma, len(manifest.classes)
+    what = f"{classes} classes" if sigma is None else f"noise of sigma {sigma:g} of 255"
     train = config.train
     rows: list[list[object]] = [
         [group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"]
@@ -33,7 +35,7 @@ def plan(planned: Plan) -> str:
         [
             f"{config.name}: {config.model} on {manifest.name} ({manifest.train.samples:,} "
             f"{manifest.train.name}, {manifest.evaluation.samples:,} {manifest.evaluation.name} "
-            f"images, {len(manifest.classes)} classes)",
+            f"images, {what})",
             f"{train.epochs} epochs of {planned.steps_per_epoch} steps, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
             f"{config.schedule.name} schedule, seed {config.seed}",
@@ -47,20 +49,18 @@ def plan(planned: Plan) -> str:
 def summary(found: Summary) -> str:
     """The results of an evaluation."""
     share = found.multiply_adds / found.nominal_multiply_adds
-    rows: list[list[object]] = [
-        ["images", f"{found.samples:,} ({found.split})"],
-        ["top-1", f"{100 * found.top1:.2f} %"],
-        ["top-5", f"{100 * found.top5:.2f} %"],
-        ["loss", f"{found.loss:.4f}"],
-        ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
-        ["images/s", f"{found.images_per_second:,.0f}"],
-    ]
+    rows: list[list[object]] = [["images", f"{found.samples:,} ({found.split})"]]
+    rows += [[what, figure] for what, figure in found.rows]
     if found.maximal_steps:
         histogram = ", ".join(f"{k}: {n}" for k, n in enumerate(found.steps_histogram) if n)
-        rows[4:4] = [
+        rows += [
             ["recursive steps", f"{found.mean_steps:.2f} of {found.maximal_steps} on average"],
             ["images by steps", histogram],
         ]
+    rows += [
+        ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
+        ["images/s", f"{found.images_per_second:,.0f}"],
+    ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 

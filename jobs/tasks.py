@@ -19,8 +19,8 @@ from jobs.errors import Exit, guarded
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.evaluate import Summary
     from pipeline.run_directory import RunDirectory
+    from pipeline.tasks import Summary
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -172,6 +172,7 @@ class Evaluate:
 
     run: Path
     data: Path | None = None
+    split: str | None = None
     best: bool = False
     quiet: bool = False
 
@@ -179,11 +180,13 @@ class Evaluate:
         """The summary, and the folder that holds it and the per-sample results."""
         from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
+        from pipeline import tasks
         from pipeline.distributed import World
         from pipeline.models.cost import measure
         from pipeline.run_directory import RunDirectory
         from pipeline.training import checkpoint, restore
         from pipeline.training.engine import DTYPES
+        from pipeline.training.plan import check_task
         from pipeline.training.run import open_evaluation
 
         directory = RunDirectory(self.run)
@@ -196,10 +199,11 @@ class Evaluate:
             channel_mean=tuple(trained_on["channel_mean"]),
             channel_std=tuple(trained_on["channel_std"]),
         )
+        check_task(config, manifest)
         world = World.detect()
         world.start()
         model = restore.trained_network(config, manifest, found, world.device)
-        loader = open_evaluation(config, manifest, world)
+        loader = open_evaluation(config, manifest, world, self.split)
         with console.progress("evaluating", self.quiet) as report:
             done = 0
 
@@ -213,13 +217,14 @@ class Evaluate:
                 loader,
                 world,
                 measure(model, config.data.augment.size),
-                manifest.evaluation.name,
+                self.split or manifest.evaluation.name,
                 found.step,
                 DTYPES[config.train.precision],
                 count,
+                tasks.of(config),
             )
         loader.close()
-        folder = directory.evaluation_of(manifest, self.data)
+        folder = directory.evaluation_of(manifest, self.data, self.split)
         if world.is_main:
             evaluation.save(folder, summary, samples)
         world.stop()

@@ -41,13 +41,15 @@ class RunDirectory:
     def exists(self) -> bool:
         return self.config_file.is_file()
 
-    def evaluation_of(self, manifest: Manifest, other: Path | None = None) -> Path:
-        """Where the evaluation on a shard set's evaluation split is kept.
+    def evaluation_of(
+        self, manifest: Manifest, other: Path | None = None, split: str | None = None
+    ) -> Path:
+        """Where the evaluation on a shard set's split, None: its evaluation split, is kept.
 
         A set `other` than the run's own is known by its path: two sets may have one name.
         """
         name = manifest.name if other is None else "-".join(other.parts).strip("-./")
-        return self.evaluation / f"{name.replace('/', '')}-{manifest.evaluation.name}"
+        return self.evaluation / f"{name.replace('/', '')}-{split or manifest.evaluation.name}"
 
     def read_config(self) -> Config:
         """Raises ConfigError if this is not a run directory."""

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.manifest import Manifest
 from pipeline.analysis.contents import Evaluation, Run
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.evaluate import Samples
+from pipeline.tasks.classification import Samples
 
 COLUMNS = 10
 ROWS = 2  # easiest, and as many hardest
@@ -86,6 +86,7 @@ def columns(run: Run, evaluation: Evaluation) -> list[Column]:
     if run.manifest is None:
         raise ValueError("The images cannot be shown: " + "; ".join(run.notes))
     manifest, samples = run.manifest, evaluation.samples
+    assert isinstance(samples, Samples)
     counts = np.bincount(samples.labels, minlength=len(manifest.classes))
     if counts.tolist() != list(manifest.evaluation.counts):
         raise _not_evaluated(manifest)

@@ -48,8 +48,8 @@ def train_loader(
 
     `global_batch` is over all ranks and all accumulation steps; `workers` are decoding threads
     (dali) or processes (torch; 0: none); an epoch visits every sample `repeats` times. With
-    `noise`, the batches are pairs of noisy and clean images. Raises ValueError for a batch that cannot be divided, a
-    crop that does not fit, an unknown reader and a damaged shard set.
+    `noise`, the batches are pairs of noisy and clean images. Raises ValueError for a batch that
+    cannot be divided, a crop that does not fit, an unknown reader and a damaged shard set.
     """
     shards = ShardSet(manifest, manifest.train)
     plan = BatchPlan(
@@ -79,7 +79,8 @@ def eval_loader(
     """A split in order, this rank's contiguous part of it: over all ranks each sample once.
 
     `split=None` is the manifest's evaluation split. The last batch may be short, and a rank may
-    have none. With `noise`, images are whole and may differ in size: each is a batch. Raises ValueError as `train_loader` does, and for an unknown split.
+    have none. With `noise`, images are whole and may differ in size: each is a batch.
+    Raises ValueError as `train_loader` does, and for an unknown split.
     """
     if split is not None and split not in manifest.splits:
         raise ValueError(f"no split {split!r} in {manifest.root}: use {sorted(manifest.splits)}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.norms import NormBank, Step
+from pipeline.models.norms import NoNorm, NormBank, Step
 
 NormFactory = Callable[[int], NormBank]
 
@@ -47,3 +47,20 @@ class BasicCell(nn.Module):
         if self.new_channels:
             x = F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
         return x
+
+
+class ConvCell(nn.Module):
+    """relu(norm(conv(x))), a 3x3 convolution that keeps the shape: RC Eq. 9.
+
+    The convolution has a bias only where no norm follows that would take it away.
+    """
+
+    def __init__(self, channels: int, *, norm: NormFactory) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        bias = isinstance(self.norm, NoNorm)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, H, W)."""
+        return F.relu(self.norm(self.conv(x), step), inplace=True)

@@ -102,7 +102,7 @@ def measure(model: Network, image_size: int | None = None) -> Cost:
         # The loop itself in training mode: it then takes every step, whatever the gates say.
         cell.training = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, 3, size, size, device="meta"))
+        shadow(torch.empty(1, model.channels, size, size, device="meta"))
     root = type(shadow).__name__
     # Two floating-point operations are one multiply-add.
     counted = {

@@ -14,19 +14,31 @@ Role = Literal["shared", "gate", "norm", "rest"]
 
 
 class Output(NamedTuple):
-    """logits (N, classes), and one route per recursive cell; no routes in a static network."""
+    """What the network says, and one route per recursive cell; no routes in a static network.
 
-    logits: Tensor
+    `prediction`: logits (N, classes) in classification, restored images (N, 1, H, W) in denoising.
+    """
+
+    prediction: Tensor
     routes: tuple[CellRoute, ...]
+
+    @property
+    def logits(self) -> Tensor:
+        """The prediction of classification by its usual name."""
+        return self.prediction
 
 
 class Network(nn.Module):
-    """A network of recursive cells. `image_size` is the side, in pixels, it is meant for."""
+    """A network of recursive cells.
+
+    `image_size` is the side, in pixels, it is meant for; `channels` is how many its images have.
+    """
 
     image_size: int
+    channels: int = 3
 
     def forward(self, images: Tensor) -> Output:
-        """images (N, 3, H, W)."""
+        """images (N, channels, H, W)."""
         raise NotImplementedError
 
     def roles(self) -> dict[str, Role]:

@@ -2,6 +2,7 @@
 
 | bank             | its norms                                    | source                   |
 |------------------|----------------------------------------------|--------------------------|
+| `none`           | none                                         | RC Tables 2 and 3        |
 | `shared`         | one for all steps                            | the naive baseline       |
 | `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
 | `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
@@ -83,6 +84,16 @@ class NormBank(nn.Module):
         raise NotImplementedError
 
 
+class NoNorm(NormBank):
+    """No norm at any step: what the norms of the others are compared with (RC Tables 2 and 3)."""
+
+    def __init__(self, channels: int, *, steps: int, sync: bool = False) -> None:
+        super().__init__(channels, norms=0, sync=sync)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return x
+
+
 class SharedNorm(NormBank):
     """One norm for all steps: what plain weight sharing does, and why it diverges."""
 
@@ -116,7 +127,8 @@ class GatedPerStepNorm(NormBank):
         return y
 
 
-BANKS: dict[str, type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
+BANKS: dict[str, type[NoNorm] | type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
+    "none": NoNorm,
     "shared": SharedNorm,
     "per_step": PerStepNorm,
     "gated_per_step": GatedPerStepNorm,

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
+from pipeline import tasks
 from pipeline.config import Config, ConfigError
-from pipeline.data import Loader, eval_loader, train_loader
+from pipeline.data import Loader, Noise, eval_loader, train_loader
 from pipeline.distributed import World
 from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
@@ -126,6 +127,8 @@ def _build(
             world=world,
             seed=config.seed,
             workers=config.data.workers,
+            repeats=config.data.repeats,
+            noise=Noise.of(config),
         ),
         store=CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last),
         evaluate=_Evaluation(planned, directory, world, model, average, display),
@@ -174,6 +177,7 @@ class _Evaluation:
             manifest.evaluation.name,
             step,
             DTYPES[config.train.precision],
+            task=tasks.of(config),
         )
         if self.world.is_main:
             evaluation.save(self.directory.evaluation_of(manifest), summary, samples)
@@ -181,8 +185,10 @@ class _Evaluation:
         return summary.metrics()
 
 
-def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:
-    """The evaluation split of a shard set, read as the configuration says."""
+def open_evaluation(
+    config: Config, manifest: Manifest, world: World, split: str | None = None
+) -> Loader:
+    """A split of a shard set, its evaluation split by default, read as the configuration says."""
     return eval_loader(
         manifest,
         reader=config.data.reader,
@@ -190,6 +196,8 @@ def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:
         batch_size=config.data.eval_batch_size,
         world=world,
         workers=config.data.workers,
+        split=split,
+        noise=Noise.of(config),
     )
 
 
