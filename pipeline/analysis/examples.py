@@ -115,7 +115,7 @@ def _examples(
         examples.append(
             Example(
                 sample.key,
-                _data_uri(sample),
+                _thumbnail(sample),
                 int(samples.steps[index].sum()),
                 float(samples.losses[index]),
                 manifest.classes[predicted] if predicted != label else None,
@@ -131,13 +131,18 @@ def _not_evaluated(manifest: Manifest) -> ValueError:
     )
 
 
-def _data_uri(sample: Sample) -> str:
+def _thumbnail(sample: Sample) -> str:
     try:
         with Image.open(io.BytesIO(sample.data.tobytes())) as encoded:
             image = encoded.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise sample.undecodable() from error
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return data_uri(image)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image as PNG within the page."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

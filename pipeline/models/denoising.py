@@ -51,6 +51,7 @@ class Denoiser(Network):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.last.weight)  # training begins at the noisy image itself
 
     def forward(self, images: Tensor) -> Output:
         """Noisy images (N, 1, H, W) in 0..1, of any size -> restored images of that size."""
