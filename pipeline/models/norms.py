@@ -2,10 +2,10 @@
 
 | bank             | its norms                                    | source                   |
 |------------------|----------------------------------------------|--------------------------|
-| `none`           | none                                         | RC Tables 2 and 3        |
 | `shared`         | one for all steps                            | the naive baseline       |
 | `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
 | `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
+| `none`           | none                                         | RC Tables 2 and 3        |
 """
 
 from __future__ import annotations
@@ -84,16 +84,6 @@ class NormBank(nn.Module):
         raise NotImplementedError
 
 
-class NoNorm(NormBank):
-    """No norm at any step: what the norms of the others are compared with (RC Tables 2 and 3)."""
-
-    def __init__(self, channels: int, *, steps: int, sync: bool = False) -> None:
-        super().__init__(channels, norms=0, sync=sync)
-
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        return x
-
-
 class SharedNorm(NormBank):
     """One norm for all steps: what plain weight sharing does, and why it diverges."""
 
@@ -127,11 +117,21 @@ class GatedPerStepNorm(NormBank):
         return y
 
 
+class NoNorm(NormBank):
+    """No norm at any step: what the other banks are compared with (RC Tables 2 and 3)."""
+
+    def __init__(self, channels: int, *, steps: int, sync: bool = False) -> None:
+        super().__init__(channels, norms=0, sync=sync)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return x
+
+
 BANKS: dict[str, type[NoNorm] | type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
-    "none": NoNorm,
     "shared": SharedNorm,
     "per_step": PerStepNorm,
     "gated_per_step": GatedPerStepNorm,
+    "none": NoNorm,
 }
 
 
