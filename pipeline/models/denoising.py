@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,7 +56,11 @@ class Denoiser(Network):
 
     def forward(self, images: Tensor) -> Output:
         """Noisy images (N, 1, H, W) in 0..1, of any size -> restored images of that size."""
-        features, routes = self.cells(F.relu(self.first(images), inplace=True))
+        features = F.relu(self.first(images), inplace=True)
+        # An image of one channel does not say which layout it has, and convolutions that are not
+        # told take the slower one: several times as long in bf16 on CPUs.
+        features = features.contiguous(memory_format=torch.channels_last)
+        features, routes = self.cells(features)
         return Output(images + self.last(features), routes)
 
 
