@@ -1,5 +1,6 @@
 """The recipes of the RC paper for denoising: its settings, and that each can be trained."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_the_settings_are_the_papers(name: str) -> None:
     rates = [0.1 * rate(1600 * epoch) for epoch in range(50)]
     assert rates[0] == 0.1
     assert rates[-1] == pytest.approx(1e-4)
-    for before, after in zip(rates, rates[1:], strict=False):
+    for before, after in itertools.pairwise(rates):
         assert after / before == pytest.approx(1e-3 ** (1 / 49))
 
 
