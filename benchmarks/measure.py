@@ -7,10 +7,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "deepspeed", "nvidia-dali-cuda130", "webdataset", "pillow")
@@ -54,10 +57,15 @@ def ratio(figures: Rounds, name: str, to: str) -> Spread:
     return Spread.of([a / b for a, b in zip(figures[name], figures[to], strict=True)])
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def machine() -> str:
     """Hardware, versions, commit and load, without which a figure means nothing."""
-    import torch
-
     cores = sorted(os.sched_getaffinity(0))
     lines = [
         f"cpu: {_cpu()}, {len(cores)} cores used of {os.cpu_count()}, "

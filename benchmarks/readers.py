@@ -5,13 +5,13 @@
 
 All do the same to the train split of a shard set of 32x32 images: decode, pad and crop, flip,
 normalise. Every contestant has the same cores, and as many decoding threads or processes as cores.
+Where there is a CUDA device, DALI decodes on it and all batches end there.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Spread, alternate, machine, ratio
+from benchmarks.measure import Spread, alternate, machine, now, ratio
 from data_prep.manifest import Manifest
 from pipeline.config import Augmentation
 from pipeline.data import train_loader
@@ -38,6 +38,7 @@ class Setting:
     manifest: Manifest
     batch_size: int
     cores: int
+    device: torch.device
 
     @property
     def shards(self) -> list[str]:
@@ -55,7 +56,7 @@ class Setting:
             augment=Augmentation(crop="pad", padding=PADDING, size=SIZE, flip=True),
             global_batch=self.batch_size,
             accumulation=1,
-            world=World(),
+            world=World(device=self.device),
             seed=0,
             workers=self.cores,
         )
@@ -71,8 +72,13 @@ class Setting:
         mean = [255 * value for value in self.manifest.channel_mean]
         std = [255 * value for value in self.manifest.channel_std]
 
+        cuda = self.device.type == "cuda"
+
         @pipeline_def(
-            batch_size=self.batch_size, num_threads=self.cores, device_id=None, exec_dynamic=True
+            batch_size=self.batch_size,
+            num_threads=self.cores,
+            device_id=self.device.index if cuda else None,
+            exec_dynamic=True,
         )
         def pipeline() -> object:
             encoded, label = fn.readers.webdataset(
@@ -82,7 +88,8 @@ class Setting:
                 random_shuffle=True,
                 missing_component_behavior="error",
             )
-            images = fn.decoders.image(encoded, output_type=types.RGB)
+            decoder = "mixed" if cuda else "cpu"
+            images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
             corner = fn.random.uniform(range=[0, 2 * PADDING], shape=2)
             images = fn.slice(
                 images,
@@ -111,7 +118,8 @@ class Setting:
         images = EncodedImages.of(self)
         workers = self.cores if self.cores > 1 else 0
         while True:
-            yield from DataLoader(images, self.batch_size, shuffle=True, num_workers=workers)
+            for batch in DataLoader(images, self.batch_size, shuffle=True, num_workers=workers):
+                yield batch.to(self.device)
 
     def webdataset(self) -> Iterator[Tensor]:
         """webdataset's own pipeline, with Pillow as its decoder."""
@@ -127,7 +135,7 @@ class Setting:
         )
         while True:
             for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=self.cores):
-                yield images
+                yield images.to(self.device)
 
 
 class Augment:
@@ -179,16 +187,18 @@ class EncodedImages(torch.utils.data.Dataset):
         return self.augment(decode_image(self.encoded[index], ImageReadMode.RGB))
 
 
-def throughput(batches: Callable[[], Iterator[Tensor]], timed: int) -> Callable[[], float]:
+def throughput(
+    batches: Callable[[], Iterator[Tensor]], timed: int, device: torch.device
+) -> Callable[[], float]:
     """One round: images/s of `timed` batches, from a fresh start."""
 
     def measure() -> float:
         running = batches()
         for _ in itertools.islice(running, WARM):
             pass
-        started = time.perf_counter()
+        started = now(device)
         images = sum(len(batch) for batch in itertools.islice(running, timed))
-        seconds = time.perf_counter() - started
+        seconds = now(device) - started
         running.close()
         return images / seconds
 
@@ -205,7 +215,8 @@ def main(data: Path, cores: int, batch_size: int, batches: int, rounds: int) -> 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     before = machine()
-    setting = Setting(Manifest.load(data), batch_size, cores)
+    device = World.detect().device
+    setting = Setting(Manifest.load(data), batch_size, cores, device)
     contestants = {
         "dali reader": lambda: setting.reader("dali"),
         "DALI alone": setting.dali,
@@ -214,7 +225,7 @@ def main(data: Path, cores: int, batch_size: int, batches: int, rounds: int) -> 
         "webdataset": setting.webdataset,
     }
     figures = alternate(
-        {name: throughput(source, batches) for name, source in contestants.items()}, rounds
+        {name: throughput(source, batches, device) for name, source in contestants.items()}, rounds
     )
     print(f"{data.name}, batch {batch_size}, {batches} batches per round\n{before}")
     for name, values in figures.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import click
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Spread, alternate, machine, ratio
+from benchmarks.measure import Spread, alternate, machine, now, ratio
 from data_prep.manifest import Manifest
 from pipeline import recipes
 from pipeline.config import Config, Train
@@ -76,14 +75,9 @@ class Watch:
     def step(self, *_: object) -> None:
         self.seen += 1
         if self.seen == self.warm:
-            self.started = self._now()
+            self.started = now(self.device)
         elif self.seen == self.warm + self.steps:
-            self.seconds = self._now() - self.started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+            self.seconds = now(self.device) - self.started
 
 
 def bare_loop(

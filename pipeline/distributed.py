@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
@@ -69,6 +70,7 @@ class World:
         if self.world_size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+            atexit.register(_leave)  # NCCL complains of a group that nobody left
             return
         if "SLURM_STEP_NODELIST" in os.environ:
             os.environ.setdefault("MASTER_ADDR", _host(os.environ))
@@ -78,9 +80,9 @@ class World:
         )
 
     def stop(self) -> None:
-        """Leave the group; a lone process keeps its own, which DeepSpeed holds on to."""
-        if dist.is_initialized() and self.world_size > 1:
-            dist.destroy_process_group()
+        """Leave the group; a lone process keeps its own to the end: DeepSpeed holds on to it."""
+        if self.world_size > 1:
+            _leave()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, without gradient; a new tensor of the same shape."""
@@ -114,6 +116,11 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _host(environment: Mapping[str, str]) -> str:

@@ -41,6 +41,8 @@ class DaliReader:
         self._transform = transform
         self._threads = max(workers, 1)
         self._device = device
+        # Building takes seconds on CUDA, so a pipeline that was emptied serves the next pass.
+        self._emptied: Any = None
 
     def batches(self, epoch: int, first_step: int) -> Generator[Decoded, None, None]:
         if first_step >= self._transform.plan.steps_per_epoch:
@@ -64,7 +66,7 @@ class DaliReader:
         self, epoch: int, first_step: int
     ) -> Generator[tuple[Any, list[Sample]], None, None]:
         """DALI's output tensors; while one batch is decoded the next is read."""
-        pipeline = self._build()
+        pipeline, self._emptied = self._emptied or self._build(), None
         scheduled: list[Sample] = []
         for step in range(first_step, self._transform.plan.steps_per_epoch):
             encoded = self._read(epoch, step)
@@ -78,6 +80,7 @@ class DaliReader:
             scheduled = encoded.samples
         with _naming_the_culprit(scheduled):
             images = _output(pipeline)
+        self._emptied = pipeline
         yield images, scheduled
 
     def _read(self, epoch: int, step: int) -> _Encoded:

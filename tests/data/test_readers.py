@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.config import Augmentation
 from pipeline.data import eval_loader, train_loader
 from pipeline.data.augment import Transform
+from pipeline.data.dali import DaliReader
 from pipeline.data.order import BatchPlan
 from pipeline.distributed import World
 
@@ -307,3 +308,20 @@ def test_decoding_on_cuda_gives_nearly_the_cpus_images(sets, mode):
                 difference = (a.images.cpu() - b.images).abs() / LEVEL
                 assert difference.mean() < 1.5
                 assert difference.max() < 24
+
+
+@pytest.mark.parametrize("make", [training, evaluation])
+def test_a_pipeline_that_was_emptied_serves_the_next_pass(plain, make, monkeypatch):
+    built = []
+    build = DaliReader._build
+    monkeypatch.setattr(DaliReader, "_build", lambda self: built.append(self) or build(self))
+    loader, other = make(plain), make(plain, "torch", 0)
+    for _ in range(2):
+        assert_same(loader, other)
+    assert len(built) == 1
+    # One that was left with work in it is not used again.
+    for some in (loader, other):
+        next(iter(some))
+        some.close()
+    assert_same(loader, other)
+    assert len(built) == 2
