@@ -52,15 +52,16 @@ def evaluate(
     started = time.perf_counter()
     parts: list[dict[str, Any]] = []
     cells: list[str] = []
+    done = 0
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
         for batch in loader:
             output: Output = model(batch.images)
             cells = [route.cell for route in output.routes]
-            before = sum(len(part["keys"]) for part in parts)
             executed = [route.executed.cpu().numpy() for route in output.routes]
-            results = task.results(output, batch, before)
+            results = task.results(output, batch, done)
             parts.append({"keys": batch.keys, "executed": executed} | results)
+            done += len(batch.keys)
             on_batch(len(batch.keys))
     gathered = world.gather((cells, parts, time.perf_counter() - started))
     model.train(training)

@@ -228,7 +228,7 @@ def turn(images: torch.Tensor, turns: Ints) -> torch.Tensor:
     """Square images (n, size, size, C), each turned counter-clockwise by its quarter turns."""
     turned = images.clone()
     for number in (1, 2, 3):
-        chosen = torch.from_numpy(turns == number).to(images.device)
+        chosen = torch.from_numpy(np.flatnonzero(turns == number)).to(images.device)
         turned[chosen] = images[chosen].rot90(number, (1, 2))
     return turned
 

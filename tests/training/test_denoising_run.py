@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import describe
 from jobs.tasks import Evaluate
 from pipeline import config
 from pipeline.analysis import report
@@ -137,6 +138,9 @@ def test_evaluation_of_another_split_and_of_another_set(
     assert (own.split, own.samples, folder.name) == ("test", 5, "bsd-test")
     further, folder = Evaluate(finished, split="set12", quiet=True)()
     assert (further.split, further.samples, folder.name) == ("set12", 2, "bsd-set12")
+    table = describe.summary(further)
+    assert re.search(r"images +2 \(set12\)\nPSNR +\d+\.\d\d dB\nof the noisy images +2\d", table)
+    assert "top-1" not in table
     shutil.copytree(bsd_shards, tmp_path / "again")
     again, folder = Evaluate(finished, data=Path("again"), quiet=True)()
     assert again.metrics()["eval/psnr"] == own.metrics()["eval/psnr"]
