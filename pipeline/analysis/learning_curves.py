@@ -28,7 +28,7 @@ _ACCURACIES = {
 _RATIOS = {
     "eval/psnr": "restored",
     "eval/noisy_psnr": "noisy",
-    "train/psnr": "restored training patches",
+    "train/psnr": "training patches",
 }
 
 

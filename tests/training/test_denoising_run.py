@@ -160,7 +160,7 @@ def test_the_page_is_of_denoising(finished: Path) -> None:
     assert f"{last:.2f} dB PSNR, mean over 5 test images" in text
     assert f"{noisy:.2f} dB PSNR of the noisy images, sigma 25 of 255" in text
     assert f"bsd-set12 8 2 {further.metrics()['eval/psnr']:.2f} dB" in text
-    assert ">restored training patches</text>" in page
+    assert ">training patches</text>" in page
     assert ">half the squared error of a patch</text>" in page
     assert page.count('src="data:image/png') == 3 * denoising.EXAMPLES
     assert "test-00000000" in text
