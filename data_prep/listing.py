@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from data_prep.images import encode_png
+from data_prep.manifest import CLASSIFICATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Listing:
-    """All that a source holds. ``settings`` is what else decides the bytes read from it."""
+    """All that a source holds. ``settings`` is what else decides the bytes read from it.
+
+    ``task`` and ``evaluation_split`` are the manifest's.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -51,6 +55,8 @@ class Listing:
     rejected: list[Rejection]
     reader: Reader
     settings: dict[str, Any] = field(default_factory=dict)
+    task: str = CLASSIFICATION
+    evaluation_split: str | None = None
 
     @property
     def sha256(self) -> str:

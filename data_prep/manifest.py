@@ -18,6 +18,7 @@ REJECTED_NAME = "rejected.jsonl"
 LOCK_NAME = ".prepare.lock"
 SCHEMA_VERSION = 1
 TRAIN = "train"
+CLASSIFICATION, DENOISING = TASKS = ("classification", "denoising")
 
 _CURE = "delete the folder and prepare the set again with `reprise prep ...`"
 
@@ -56,6 +57,10 @@ class Manifest:
     those of the train split's pixels in RGB, in 0..1. ``found = accepted + rejected`` images, and
     the rejected ones stand with their reasons in ``rejected.jsonl``. ``settings`` holds all that
     decides the bytes, ``tools`` the versions that wrote them.
+
+    ``task`` is what the images are for. Images for denoising are their own targets: they have no
+    labels, and their set has the one class that all of them are of. ``evaluation_split`` names the
+    split to evaluate on in a set that has several besides ``train``.
     """
 
     root: Path = field(compare=False)
@@ -70,6 +75,8 @@ class Manifest:
     rejected: int
     settings: dict[str, Any]
     tools: dict[str, str]
+    task: str = CLASSIFICATION
+    evaluation_split: str | None = None
 
     @property
     def class_map_sha256(self) -> str:
@@ -88,7 +95,9 @@ class Manifest:
 
     @property
     def evaluation(self) -> Split:
-        """The one split that is not for training."""
+        """The split that the set says to evaluate on, or the one that is not for training."""
+        if self.evaluation_split is not None:
+            return self.splits[self.evaluation_split]
         others = [split for name, split in self.splits.items() if name != TRAIN]
         if len(others) != 1:
             raise ValueError(
@@ -149,8 +158,14 @@ class Manifest:
         """The first contradiction between the manifest's own numbers, or None."""
         if len(set(self.classes)) != len(self.classes):
             return "a class name occurs twice"
+        if self.task not in TASKS:
+            return f"task {self.task!r} is not one of {', '.join(TASKS)}"
+        if self.task == DENOISING and len(self.classes) != 1:
+            return f"a set for {DENOISING} has {len(self.classes)} classes and not one"
         if TRAIN not in self.splits:
             return f"it has no split {TRAIN!r}"
+        if self.evaluation_split not in (None, *(self.splits.keys() - {TRAIN})):
+            return f"the split to evaluate on, {self.evaluation_split!r}, is none of its splits"
         for key, split in self.splits.items():
             if not split.samples:
                 return f"split {key!r} holds no samples"
@@ -205,4 +220,6 @@ def _from_content(root: Path, content: dict[str, Any]) -> Manifest:
         rejected=int(content["rejected"]),
         settings=dict(content["settings"]),
         tools=dict(content["tools"]),
+        task=str(content.get("task", CLASSIFICATION)),
+        evaluation_split=content.get("evaluation_split"),
     )

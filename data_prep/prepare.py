@@ -266,6 +266,8 @@ def _manifest(
             "pillow": version("pillow"),
             "zlib": str(features.version("zlib")),
         },
+        task=listing.task,
+        evaluation_split=listing.evaluation_split,
     )
 
 

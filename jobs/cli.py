@@ -26,7 +26,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar"]))
+@click.argument(
+    "source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar", "bsd"])
+)
 @click.option("--source", type=ANY_PATH, help="File or folder with the images; digits needs none.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
 @click.option("--seed", default=0, show_default=True, help="Of the global shuffle.")
@@ -45,8 +47,10 @@ def prep(
     """Prepare images as WebDataset shards with DALI indices and a manifest.
 
     KIND is digits (scikit-learn's handwritten digits), folder (class folders below train/ and
-    val/ or test/, or a tar of them) or cifar (the original python batches, or class folders).
+    val/ or test/, or a tar of them), cifar (the original python batches, or class folders) or bsd
+    (the Berkeley images for denoising, in DnCNN's folders train400/, test68/ and test12/).
     """
+    from data_prep.manifest import CLASSIFICATION
     from data_prep.prepare import prepare
     from data_prep.sources import open_source
     from jobs import console
@@ -62,7 +66,8 @@ def prep(
             progress=report,
         )
     counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
-    click.echo(f"{out}: {counts} images of {len(manifest.classes)} classes")
+    of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
+    click.echo(f"{out}: {counts} images{of}")
     if manifest.rejected:
         click.echo(f"{manifest.rejected} of {manifest.found} rejected: see {out}/rejected.jsonl")
 
@@ -158,7 +163,8 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 
 @cli.command("eval")
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
-@click.option("--data", type=FOLDER, help="Another shard set with the same classes.")
+@click.option("--data", type=FOLDER, help="Another shard set of the same classes or task.")
+@click.option("--split", help="Another split of the set than the one to evaluate on.")
 @click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
 @click.option(
     "--steps",
@@ -168,16 +174,21 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 )
 @QUIET
 def evaluate(
-    run_dir: Path, data: Path | None, best: bool, steps: tuple[int, ...], quiet: bool
+    run_dir: Path,
+    data: Path | None,
+    split: str | None,
+    best: bool,
+    steps: tuple[int, ...],
+    quiet: bool,
 ) -> None:
-    """Evaluate a run: accuracy, executed steps, multiply-adds, images/s.
+    """Evaluate a run: accuracy or PSNR, executed steps, multiply-adds, images/s.
 
     A cost-adjustable network answers at each number of --steps that it was built for.
     """
     from jobs import console, describe, tasks
 
     console.configure(quiet)
-    results = tasks.Evaluate(run_dir, data, best, quiet, steps)()
+    results = tasks.Evaluate(run_dir, data, split, best, quiet, steps)()
     summaries = [summary for summary, _ in results]
     click.echo(describe.by_steps(summaries) if steps else describe.summary(summaries[0]))
     for _, folder in results:

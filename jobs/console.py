@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import Summary
+    from pipeline.tasks import Summary
 
 log = logging.getLogger(__name__)
 LINE = "%(asctime)s %(levelname)s %(message)s"
@@ -43,10 +43,9 @@ class TrainingDisplay:
 
     def evaluated(self, summary: Summary) -> None:
         log.info(
-            "%s: top-1 %.2f %%, loss %.4f, %.2f of %d recursive steps, %.0f images/s",
+            "%s: %s, %.2f of %d recursive steps, %.0f images/s",
             summary.split,
-            100 * summary.top1,
-            summary.loss,
+            summary.headline,
             summary.mean_steps,
             summary.maximal_steps,
             summary.images_per_second,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import Summary
+    from pipeline.tasks import Summary
     from pipeline.training.plan import Plan
 
 
@@ -25,6 +25,8 @@ def mega(multiply_adds: float) -> str:
 def plan(planned: Plan) -> str:
     """What a run will do: data, network, parameter groups, steps."""
     config, manifest, cost = planned.config, planned.manifest, planned.cost
+    sigma, classes = config.data.sigma, len(manifest.classes)
+    what = f"{classes} classes" if sigma is None else f"noise of sigma {sigma:g} of 255"
     train = config.train
     rows: list[list[object]] = [
         [group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"]
@@ -34,7 +36,7 @@ def plan(planned: Plan) -> str:
         [
             f"{config.name}: {config.model} on {manifest.name} ({manifest.train.samples:,} "
             f"{manifest.train.name}, {manifest.evaluation.samples:,} {manifest.evaluation.name} "
-            f"images, {len(manifest.classes)} classes)",
+            f"images, {what})",
             f"{train.epochs} epochs of {planned.steps_per_epoch} steps, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
             f"{config.schedule.name} schedule, seed {config.seed}",
@@ -53,20 +55,18 @@ def plan(planned: Plan) -> str:
 def summary(found: Summary) -> str:
     """The results of an evaluation."""
     share = found.multiply_adds / found.nominal_multiply_adds
-    rows: list[list[object]] = [
-        ["images", f"{found.samples:,} ({found.split})"],
-        ["top-1", f"{100 * found.top1:.2f} %"],
-        ["top-5", f"{100 * found.top5:.2f} %"],
-        ["loss", f"{found.loss:.4f}"],
-        ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
-        ["images/s", f"{found.images_per_second:,.0f}"],
-    ]
+    rows: list[list[object]] = [["images", f"{found.samples:,} ({found.split})"]]
+    rows += [[what, figure] for what, figure in found.rows]
     if found.maximal_steps:
         histogram = ", ".join(f"{k}: {n}" for k, n in enumerate(found.steps_histogram) if n)
-        rows[4:4] = [
+        rows += [
             ["recursive steps", f"{found.mean_steps:.2f} of {found.maximal_steps} on average"],
             ["images by steps", histogram],
         ]
+    rows += [
+        ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
+        ["images/s", f"{found.images_per_second:,.0f}"],
+    ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
@@ -75,14 +75,14 @@ def by_steps(found: Sequence[Summary]) -> str:
     rows: list[list[object]] = [
         [
             summary.step_choice,
-            f"{100 * summary.top1:.2f} %",
-            f"{summary.loss:.4f}",
+            *(figure for _, figure in summary.rows),
             mega(summary.multiply_adds),
             f"{summary.images_per_second:,.0f}",
         ]
         for summary in found
     ]
-    table = _table(rows, ["steps", "top-1", "loss", "multiply-adds", "images/s"])
+    results = [name for name, _ in found[0].rows]
+    table = _table(rows, ["steps", *results, "multiply-adds", "images/s"])
     return f"{table}\n{found[0].samples:,} {found[0].split} images"
 
 

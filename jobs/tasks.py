@@ -19,8 +19,8 @@ from jobs.errors import Exit, guarded
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.evaluate import Summary
     from pipeline.run_directory import RunDirectory
+    from pipeline.tasks import Summary
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class Evaluate:
 
     run: Path
     data: Path | None = None
+    split: str | None = None
     best: bool = False
     quiet: bool = False
     steps: tuple[int, ...] = ()
@@ -183,11 +184,13 @@ class Evaluate:
         """Each summary, and the folder that holds it and the per-sample results."""
         from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
+        from pipeline import tasks
         from pipeline.distributed import World
         from pipeline.models.cost import measure
         from pipeline.run_directory import RunDirectory
         from pipeline.training import checkpoint, restore
         from pipeline.training.engine import DTYPES
+        from pipeline.training.plan import check_task
         from pipeline.training.run import open_evaluation
 
         directory = RunDirectory(self.run)
@@ -200,12 +203,13 @@ class Evaluate:
             channel_mean=tuple(trained_on["channel_mean"]),
             channel_std=tuple(trained_on["channel_std"]),
         )
+        check_task(config, manifest)
         world = World.detect()
         world.start()
         model = restore.trained_network(config, manifest, found, world.device)
         for number in self.steps:
             model.steps_taken(number)  # refuse a wrong number before the work on the right ones
-        loader = open_evaluation(config, manifest, world)
+        loader = open_evaluation(config, manifest, world, self.split)
         results = []
         for steps in self.steps or (None,):
             at = "" if steps is None else f" at {steps} steps"
@@ -215,14 +219,17 @@ class Evaluate:
                     loader,
                     world,
                     measure(model, config.data.augment.size, steps),
-                    manifest.evaluation.name,
+                    self.split or manifest.evaluation.name,
                     found.step,
                     DTYPES[config.train.precision],
                     _running_total(report, loader.samples),
-                    steps,
+                    task=tasks.of(config),
+                    steps=steps,
                 )
             fewer = None if steps == model.steps_taken(None) else steps
-            folder = directory.evaluation_of(manifest, self.data, fewer)
+            folder = directory.evaluation_of(
+                manifest, self.data, split=self.split, fewer_steps=fewer
+            )
             if world.is_main:
                 evaluation.save(folder, summary, samples)
             results.append((summary, folder))

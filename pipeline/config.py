@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Role = Literal["shared", "gate", "norm", "rest"]
+TaskName = Literal["classification", "denoising"]
 
 
 class ConfigError(ValueError):
@@ -33,6 +34,7 @@ class Augmentation(_Section):
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
+    rotate: bool = Field(default=False, description="by 0, 90, 180 or 270 degrees")
     photometric: bool = False
     eval_resize: int | None = Field(
         default=None, gt=0, description="pixels, before the centre crop"
@@ -55,8 +57,30 @@ class Data(_Section):
     path: Path = Field(description="folder of a prepared shard set")
     reader: Literal["dali", "torch"] = "dali"
     workers: int = Field(default=2, ge=0, description="decoding threads or processes per rank")
-    eval_batch_size: int = Field(default=256, gt=0, description="per rank")
+    eval_batch_size: int = Field(
+        default=256, gt=0, description="per rank; denoising takes whole images one by one"
+    )
+    repeats: int = Field(
+        default=1, gt=0, description="visits of each training image per epoch, with own crops"
+    )
+    sigma: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation of the noise to remove, of 255; makes the task denoising",
+    )
     augment: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        augment = self.augment
+        if self.sigma is None or (augment.eval_resize is None and not augment.photometric):
+            return self
+        odd = "photometric=true" if augment.photometric else f"eval_resize={augment.eval_resize}"
+        raise ValueError(
+            f"augment.{odd} with sigma={self.sigma:g}: denoising takes grey images as they are; "
+            "leave it out"
+        )
 
 
 class InitFrom(_Section):
@@ -191,6 +215,11 @@ class Config(_Section):
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def task(self) -> TaskName:
+        """Noise to remove is what makes the task denoising."""
+        return "classification" if self.data.sigma is None else "denoising"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

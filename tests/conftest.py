@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the real data files (CIFAR-10 as JPEG, 500 ImageNet images)."""
+    """Folder with the real data files (CIFAR-10 as JPEG, 500 ImageNet images, Berkeley images)."""
     folder = Path(os.environ.get("REPRISE_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set REPRISE_DATA to the folder that holds it")
@@ -46,6 +46,43 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("sets") / "tiny"
     prepare(open_source("folder", images), root, samples_per_shard=40)
+    return root
+
+
+BSD_SIZES = {
+    "train400": [(48, 48)] * 16,
+    "test68": [(40, 56), (56, 40), (44, 44), (40, 56), (48, 41)],
+    "test12": [(64, 64), (40, 40)],
+}
+
+
+@pytest.fixture(scope="session")
+def bsd_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar of the form of the Berkeley images: 16 for training, 5 and 2 for test, grey."""
+    import tarfile
+
+    from tests.data import shard_set
+
+    folder = tmp_path_factory.mktemp("bsd")
+    for split, (name, sizes) in enumerate(BSD_SIZES.items()):
+        (folder / "images" / name).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            grey = shard_set.picture(100 * split + number, *size)[..., 0]
+            file = folder / "images" / name / f"{number:02d}.png"
+            file.write_bytes(shard_set.encode(grey, "png"))
+    with tarfile.open(folder / "bsd-denoise.tar", "w") as tar:
+        tar.add(folder / "images", "bsd-denoise")
+    return folder / "bsd-denoise.tar"
+
+
+@pytest.fixture(scope="session")
+def bsd_shards(bsd_tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shard set of `bsd_tar`; the five test images in shards of two and three."""
+    from data_prep.prepare import prepare
+    from data_prep.sources import open_source
+
+    root = tmp_path_factory.mktemp("sets") / "bsd"
+    prepare(open_source("bsd", bsd_tar), root, samples_per_shard=3)
     return root
 
 

@@ -66,8 +66,15 @@ def test_the_cifar_commands_are_accepted(tmp_path: Path) -> None:
     assert "350 epochs of 1 steps, batch 256, bf16" in run([*train, "--dry-run"], tmp_path)
 
 
+def test_the_denoising_commands_are_accepted(tmp_path: Path, bsd_tar: Path) -> None:
+    prepare, train = commands(blocks("sh")[3])
+    (tmp_path / "bsd-denoise.tar").symlink_to(bsd_tar)
+    run(prepare, tmp_path)
+    assert "rc_r3_4 on bsd" in run([*train, "--dry-run"], tmp_path)
+
+
 def test_there_are_no_other_commands_to_run() -> None:
-    assert len(blocks("sh")) == 3
+    assert len(blocks("sh")) == 4
     for document in DOCUMENTS[1:]:
         for block in blocks("sh", document.read_text()):
             for arguments in commands(block):

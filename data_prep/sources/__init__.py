@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.listing import Source
+from data_prep.sources.bsd import BsdSource
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.digits import DigitsSource
 from data_prep.sources.image_folder import ImageFolderSource
@@ -11,6 +12,7 @@ from data_prep.sources.image_folder import ImageFolderSource
 _WITH_PATH: dict[str, Callable[[Path], Source]] = {
     "folder": ImageFolderSource,
     "cifar": CifarSource,
+    "bsd": BsdSource,
 }
 SOURCES = ("digits", *_WITH_PATH)
 

@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import CLASSIFICATION, Manifest
 from pipeline import evaluate, tracking
 from pipeline.config import Config
 from pipeline.evaluate import Samples, Summary
@@ -123,7 +123,8 @@ def _cost(config: Config, manifest: Manifest | None) -> Cost:
     from pipeline.models import create_model
     from pipeline.models.cost import measure
 
-    classes = {"num_classes": len(manifest.classes)} if manifest else {}
+    labelled = manifest if config.task == CLASSIFICATION else None
+    classes = {"num_classes": len(labelled.classes)} if labelled else {}
     with torch.device("meta"):
         model = create_model(config.model, **config.model_options, **classes)
     return measure(model, config.data.augment.size)

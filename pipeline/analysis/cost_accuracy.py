@@ -28,6 +28,7 @@ def points(run: Run) -> list[Point]:
     if run.main is None or run.main.summary.step_choice is None:
         return []
     largest = run.main.summary
+    best = largest.results["top1"]
     found = {
         evaluation.summary.step_choice: evaluation.summary
         for evaluation in run.evaluations
@@ -39,9 +40,9 @@ def points(run: Run) -> list[Point]:
         Point(
             steps,
             summary.multiply_adds,
-            summary.top1,
+            summary.results["top1"],
             summary.multiply_adds / largest.multiply_adds,
-            summary.top1 / largest.top1 if largest.top1 else 0.0,
+            summary.results["top1"] / best if best else 0.0,
         )
         for steps, summary in sorted(found.items(), key=lambda item: item[0] or 0)
         if steps is not None

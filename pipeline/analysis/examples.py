@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.manifest import Manifest
 from pipeline.analysis.contents import Evaluation, Run
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.evaluate import Samples
+from pipeline.tasks.classification import Samples
 
 COLUMNS = 10
 ROWS = 2  # easiest, and as many hardest
@@ -86,6 +86,7 @@ def columns(run: Run, evaluation: Evaluation) -> list[Column]:
     if run.manifest is None:
         raise ValueError("The images cannot be shown: " + "; ".join(run.notes))
     manifest, samples = run.manifest, evaluation.samples
+    assert isinstance(samples, Samples)
     counts = np.bincount(samples.labels, minlength=len(manifest.classes))
     if counts.tolist() != list(manifest.evaluation.counts):
         raise _not_evaluated(manifest)
@@ -114,7 +115,7 @@ def _examples(
         examples.append(
             Example(
                 sample.key,
-                _data_uri(sample),
+                _thumbnail(sample),
                 int(samples.steps[index].sum()),
                 float(samples.losses[index]),
                 manifest.classes[predicted] if predicted != label else None,
@@ -130,13 +131,18 @@ def _not_evaluated(manifest: Manifest) -> ValueError:
     )
 
 
-def _data_uri(sample: Sample) -> str:
+def _thumbnail(sample: Sample) -> str:
     try:
         with Image.open(io.BytesIO(sample.data.tobytes())) as encoded:
             image = encoded.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise sample.undecodable() from error
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return data_uri(image)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image as PNG within the page."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Learning curves: loss terms, accuracy and learning rate over the epochs."""
+"""Learning curves: loss terms, accuracy or PSNR, and learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _TERMS = {
     "train/loss": "all terms",
     "train/cross_entropy": "cross entropy",
     "train/execution_rate": "execution rate",
+    "train/squared_error": "half the squared error of a patch",
     "eval/loss": "cross entropy, evaluation",
 }
 _ACCURACIES = {
@@ -24,11 +25,16 @@ _ACCURACIES = {
     "eval/top5": "top-5",
     "train/top1": "top-1, augmented training images",
 }
+_RATIOS = {
+    "eval/psnr": "restored",
+    "eval/noisy_psnr": "noisy",
+    "train/psnr": "training patches",
+}
 
 
 def draw(run: Run) -> list[Picture]:
-    """One picture for each of the three that has points."""
-    pictures = (_loss(run), _accuracy(run), _learning_rate(run))
+    """One picture for each that has points."""
+    pictures = (_loss(run), _accuracy(run), _ratio(run), _learning_rate(run))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -52,16 +58,28 @@ def _loss(run: Run) -> Picture | None:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    found = {name: run.series(name) for name in _ACCURACIES if name in run.history}
+    picture = Picture("accuracy", "Top-1 and top-5 accuracy over the epochs.")
+    return _results(run, picture, _ACCURACIES, "accuracy, %", factor=100)
+
+
+def _ratio(run: Run) -> Picture | None:
+    picture = Picture("psnr", "Peak signal-to-noise ratio over the epochs.")
+    return _results(run, picture, _RATIOS, "PSNR, dB")
+
+
+def _results(
+    run: Run, picture: Picture, labels: dict[str, str], unit: str, factor: int = 1
+) -> Picture | None:
+    """The metrics that have points; `factor` takes them to the unit."""
+    found = {name: run.series(name) for name in labels if name in run.history}
     if not found:
         return None
-    picture = Picture("accuracy", "Top-1 and top-5 accuracy over the epochs.")
     with drawing(picture) as axes:
         for color, (name, (epochs, values)) in zip(SERIES, found.items(), strict=False):
             epochs, values = thin(epochs, values)
             marked = markers(epochs, 2.8) if name.startswith("eval") else {}
-            axes.plot(epochs, 100 * values, color=color, label=_ACCURACIES[name], **marked)
-        axes.set_ylabel("accuracy, %")
+            axes.plot(epochs, factor * values, color=color, label=labels[name], **marked)
+        axes.set_ylabel(unit)
         over_epochs(axes)
         legend_above(axes)
     return picture

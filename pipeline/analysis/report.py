@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
+from data_prep.manifest import CLASSIFICATION
 from pipeline.analysis import (
     contents,
     cost_accuracy,
     examples,
     execution_rates,
     learning_curves,
+    restorations,
     step_histogram,
 )
 from pipeline.analysis.contents import Run
@@ -52,6 +54,7 @@ def render(run: Run, beside: Sequence[Run] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "millions": _millions}
+    environment.filters |= {"decibels": "{:.2f} dB".format, "thousands": "{:,.0f}".format}
     return environment.get_template("report.html").render(
         run=run,
         config=run.config,
@@ -63,7 +66,7 @@ def render(run: Run, beside: Sequence[Run] = ()) -> str:
         rate_table=execution_rates.table(run),
         most_steps=max((cell.steps for cell in run.cost.cells.values()), default=0),
         **_executed_steps(run),
-        **_examples(run),
+        **(_examples(run) if run.config.task == CLASSIFICATION else _restorations(run)),
     )
 
 
@@ -118,6 +121,12 @@ def _examples(run: Run) -> dict[str, Any]:
     few = "" if columns else "No category has two images to compare."
     rows = max((len(column.easiest) for column in columns), default=0)
     return {"columns": columns, "most_rows": rows, "no_images": few}
+
+
+def _restorations(run: Run) -> dict[str, Any]:
+    """The images of denoising; `most_rows` is of the columns that it has not."""
+    shown = restorations.restorations(run.main) if run.main else []
+    return {"restorations": shown, "most_rows": 0}
 
 
 def _percent(share: float, digits: int = 2) -> str:

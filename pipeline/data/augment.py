@@ -62,14 +62,16 @@ class Colour:
 class Transform:
     """The way from a decoded image to the network's input, for the batches of a plan.
 
-    In this order: crop, resize (bilinear, antialiased), centre crop, flip, colour, normalisation.
-    `image_size` is the manifest's (min height, max height, min width, max width).
+    In this order: crop, resize (bilinear, antialiased), centre crop, flip, quarter turns, colour,
+    normalisation. `image_size` is the manifest's (min height, max height, min width, max width).
+    For denoising images are grey, and evaluation takes them whole, at their own size.
     Raises ValueError where an image cannot hold the crop.
     """
 
     augment: Augmentation
     plan: Plan
     image_size: tuple[int, int, int, int]
+    denoising: bool = False
 
     def __post_init__(self) -> None:
         smallest = min(self.image_size[0], self.image_size[2])
@@ -96,7 +98,7 @@ class Transform:
     @property
     def resize(self) -> int | None:
         """Height and width to resize to after the crop; None where no image needs it."""
-        if self.crop == "pad":
+        if self.crop == "pad" or (self.denoising and not isinstance(self.plan, BatchPlan)):
             return None
         target = self.size
         if isinstance(self.plan, BatchPlan):
@@ -127,6 +129,12 @@ class Transform:
         return Geometry(
             resized_crop_boxes(draws, sizes, self.augment.scale, self.augment.ratio), flips
         )
+
+    def turns(self, epoch: int, rows: Rows) -> Ints | None:
+        """Quarter turns, (n,) of 0 to 3, of a training micro-batch."""
+        if not (self.augment.rotate and isinstance(self.plan, BatchPlan)):
+            return None
+        return self._random("turn", epoch, rows).integers(4, size=self._total)[rows.rows]
 
     def colour(self, epoch: int, rows: Rows) -> Colour | None:
         """Photometric distortion of a training micro-batch."""
@@ -214,6 +222,15 @@ def photometric(factors: Floats, order: Ints, lighting: Floats) -> Colour:
         matrix = pixel @ matrix
     offset = 255 * (lighting * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
     return Colour(matrix, mean_matrix, offset)
+
+
+def turn(images: torch.Tensor, turns: Ints) -> torch.Tensor:
+    """Square images (n, size, size, C), each turned counter-clockwise by its quarter turns."""
+    turned = images.clone()
+    for number in (1, 2, 3):
+        chosen = torch.from_numpy(np.flatnonzero(turns == number)).to(images.device)
+        turned[chosen] = images[chosen].rot90(number, (1, 2))
+    return turned
 
 
 class Normalise:

@@ -129,7 +129,7 @@ class DaliReader:
 
 
 def _graph(transform: Transform, decoder: str) -> Any:
-    """Encoded bytes to (size, size, 3) uint8, one node per step of the transform."""
+    """Encoded bytes to (size, size, channels) uint8, one node per step of the transform."""
     from nvidia.dali import fn, types
 
     def given(name: str, ndim: int) -> Any:
@@ -139,7 +139,7 @@ def _graph(transform: Transform, decoder: str) -> Any:
     # Orientation tags are left alone and chroma is interpolated, as Pillow and torchvision do.
     decoding = {
         "device": decoder,
-        "output_type": types.RGB,
+        "output_type": types.GRAY if transform.denoising else types.RGB,
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,
     }
@@ -180,7 +180,7 @@ def _keep_until_used(images: torch.Tensor, in_use: deque[tuple[torch.Tensor, Any
 
 
 def _output(pipeline: Any) -> Any:
-    """The oldest scheduled batch, (n, size, size, 3) uint8, in memory of its own."""
+    """The oldest scheduled batch, (n, height, width, channels) uint8, in memory of its own."""
     (images,) = pipeline.share_outputs()
     pipeline.release_outputs()
     return images.as_tensor()

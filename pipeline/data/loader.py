@@ -11,34 +11,49 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_prep.manifest import Manifest
-from pipeline.data.augment import Normalise, Transform
-from pipeline.data.order import BatchPlan, Plan
+from pipeline.data.augment import Transform
+from pipeline.data.order import BatchPlan, Plan, Rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch.
+    """One rank's micro-batch: what the network gets, and what it should answer.
 
-    `images` (n, 3, size, size) float32, normalised, channels last in memory; `labels` (n,) int64;
-    both on the rank's device and owned by whoever holds the batch. `keys`: n sample keys.
+    Classification: `images` (n, 3, size, size) float32, normalised, channels last in memory;
+    `targets` (n,) int64, the labels. Denoising: `images` (n, 1, height, width) float32, noisy;
+    `targets` the same images clean, in 0..1. All on the rank's device and owned by whoever holds
+    the batch. `keys`: n sample keys.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
     keys: tuple[str, ...]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The targets of classification by their usual name."""
+        return self.targets
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a reader makes of a micro-batch: geometry done, colour not yet.
+    """What a reader makes of a micro-batch: crop, resize and flip done, the rest not yet.
 
-    `images` (n, size, size, 3) uint8; `labels` (n,).
+    `images` (n, height, width, 3) uint8, for denoising of one grey channel; `labels` (n,).
     """
 
     images: torch.Tensor
     labels: npt.NDArray[np.int64]
     keys: tuple[str, ...]
+
+
+class Finish(Protocol):
+    """The last part of the way to the network's input, with what it should answer to it."""
+
+    def __call__(
+        self, decoded: Decoded, epoch: int, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of a `Batch`."""
 
 
 class Reader(Protocol):
@@ -63,16 +78,12 @@ class Loader:
         plan: Plan,
         transform: Transform,
         reader: Reader,
-        manifest: Manifest,
-        device: torch.device,
+        finish: Finish,
     ) -> None:
         self.plan = plan
         self._transform = transform
         self._reader = reader
-        self._device = device
-        self._normalise = Normalise(
-            manifest.channel_mean, manifest.channel_std, transform.size, device
-        )
+        self._finish = finish
         self._epoch = 0
         self._step = 0
         # Weak, so that a pass that its consumer drops ends at once.
@@ -132,11 +143,8 @@ class Loader:
         batches = self._reader.batches(epoch, self._step)
         try:
             for decoded in batches:
-                colour = self._transform.colour(epoch, self.plan.rows(epoch, self._step))
-                labels = torch.from_numpy(decoded.labels)
-                if self._device.type == "cuda":
-                    labels = labels.pin_memory().to(self._device, non_blocking=True)
-                batch = Batch(self._normalise(decoded.images, colour), labels, decoded.keys)
+                images, targets = self._finish(decoded, epoch, self.plan.rows(epoch, self._step))
+                batch = Batch(images, targets, decoded.keys)
                 self._advance()
                 yield batch
         finally:

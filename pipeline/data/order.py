@@ -55,7 +55,8 @@ class BatchPlan:
 
     `global_batch` is over all ranks and all `accumulation` micro-batches of an optimizer step.
     Optimizer step k takes places [k * B, (k + 1) * B) of the epoch's order whatever the number of
-    ranks; what is left at the epoch's end is not visited in that epoch.
+    ranks; what is left at the epoch's end is not visited in that epoch. An epoch visits every
+    sample `repeats` times, which are told apart by their steps and places alone.
 
     Raises ValueError where the global batch cannot be divided, or exceeds the samples.
     """
@@ -67,6 +68,7 @@ class BatchPlan:
     world_size: int
     seed: int
     shard_sizes: tuple[int, ...]
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         assert self.samples == sum(self.shard_sizes)
@@ -77,11 +79,15 @@ class BatchPlan:
                 f"{self.world_size} ranks x {self.accumulation} accumulation steps: "
                 f"give a multiple of {parts}, such as {-(-self.global_batch // parts) * parts}"
             )
-        if self.samples < self.global_batch:
+        if self._visits < self.global_batch:
             raise ValueError(
-                f"global batch of {self.global_batch} exceeds the {self.samples} training "
-                f"samples: give a batch size of at most {self.samples}"
+                f"global batch of {self.global_batch} exceeds the {self._visits} training "
+                f"samples: give a batch size of at most {self._visits}"
             )
+
+    @property
+    def _visits(self) -> int:
+        return self.samples * self.repeats
 
     @property
     def batch_size(self) -> int:
@@ -91,14 +97,15 @@ class BatchPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Micro-steps, the same on all ranks."""
-        return self.samples // self.global_batch * self.accumulation
+        return self._visits // self.global_batch * self.accumulation
 
     def rows(self, epoch: int, step: int) -> Rows:
         optimizer_step, micro = divmod(step, self.accumulation)
         first = (micro * self.world_size + self.rank) * self.batch_size
         rows = np.arange(first, first + self.batch_size)
-        order = epoch_order(self.shard_sizes, self.seed, epoch)
-        return Rows(order[optimizer_step * self.global_batch + rows], rows, optimizer_step)
+        order = epoch_order(self.shard_sizes * self.repeats, self.seed, epoch)
+        visits = order[optimizer_step * self.global_batch + rows]
+        return Rows(visits % self.samples, rows, optimizer_step)
 
 
 @dataclass(frozen=True)

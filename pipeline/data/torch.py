@@ -107,7 +107,7 @@ class _PlannedSamples:
 
 @dataclass(frozen=True)
 class _Decode:
-    """One encoded sample to its (3, size, size) uint8 image, label and key."""
+    """One encoded sample to its (channels, size, size) uint8 image, label and key."""
 
     transform: Transform
 
@@ -115,7 +115,8 @@ class _Decode:
         from torchvision.io import ImageReadMode, decode_image
 
         try:
-            image = decode_image(torch.from_numpy(item["sample"].data), ImageReadMode.RGB)
+            mode = ImageReadMode.GRAY if self.transform.denoising else ImageReadMode.RGB
+            image = decode_image(torch.from_numpy(item["sample"].data), mode)
         except RuntimeError as error:
             raise item["sample"].undecodable() from error
         return self._cut(image, item["box"], item["flip"]), item["cls"], item["__key__"]

@@ -6,34 +6,34 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.models import mobilenet, recurrent_convolution, resnet
+from pipeline.models import denoising, mobilenet, recurrent_convolution, resnet
 from pipeline.models.network import Network, Output, Role
 from pipeline.models.stage import CellRoute
 
-__all__ = ["CellRoute", "Network", "Output", "Role", "create_model", "list_models"]
+__all__ = ["CellRoute", "Network", "Output", "Role", "create_model", "list_models", "task_of"]
 
 _MODELS: dict[str, Callable[..., Network]] = {
     **resnet.MODELS,
     **mobilenet.MODELS,
     **recurrent_convolution.MODELS,
+    **denoising.MODELS,
 }
 
 
 def create_model(name: str, **options: Any) -> Network:
     """Build a network, its weights drawn from torch's default generator.
 
-    Options: num_classes, norm (of the recursive cells: none, shared, per_step, gated_per_step,
-    per_path), target_rate (of the gates), steps (to choose from, of cost-adjustable networks),
-    sync_norm (batch statistics over all ranks), stride_on (of the bottleneck cells: 1x1, 3x3).
+    Options, as far as the network has a use for them: num_classes, norm (of the recursive cells:
+    none, shared, per_step, gated_per_step, per_path), target_rate (of the gates), steps (to choose
+    from, of cost-adjustable networks), sync_norm (batch statistics over all ranks), stride_on (of
+    the bottleneck cells: 1x1, 3x3).
 
     Raises:
         ValueError: an unknown name or option, or options that make no sense for the network.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, _MODELS)}")
-    build = _MODELS[name]
+    build = _builder(name)
     valid = [
         p.name for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY
     ]
@@ -46,6 +46,22 @@ def create_model(name: str, **options: Any) -> Network:
 def list_models(pattern: str = "*") -> list[str]:
     """Names that match a shell pattern such as `dr_*`, sorted."""
     return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def task_of(name: str) -> Literal["classification", "denoising"]:
+    """What a network is for.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _builder(name)
+    return "denoising" if name in denoising.MODELS else "classification"
+
+
+def _builder(name: str) -> Callable[..., Network]:
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}{_nearest(name, _MODELS)}")
+    return _MODELS[name]
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.norms import NormBank, Step
+from pipeline.models.norms import NoNorm, NormBank, Step
 
 NormFactory = Callable[[int], NormBank]
 StrideOn = Literal["1x1", "3x3"]
@@ -201,3 +201,20 @@ class PreActivationCell(nn.Module):
         y = self.conv2(y)
         y.add_(shortcut)
         return y
+
+
+class ConvCell(nn.Module):
+    """relu(norm(conv(x))), a 3x3 convolution that keeps the shape: RC Eq. 9.
+
+    The convolution has a bias only where no norm follows that would take it away.
+    """
+
+    def __init__(self, channels: int, *, norm: NormFactory) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        bias = isinstance(self.norm, NoNorm)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, H, W)."""
+        return F.relu(self.norm(self.conv(x), step), inplace=True)

@@ -115,7 +115,7 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
         cell.training = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         calls = {name: _count_calls(module.cell, counter) for name, module in recursive.items()}
-        shadow(torch.empty(1, 3, size, size, device="meta"), steps)
+        shadow(torch.empty(1, model.channels, size, size, device="meta"), steps)
     root = type(shadow).__name__
     # Two floating-point operations are one multiply-add.
     counted = {

@@ -14,24 +14,34 @@ Role = Literal["shared", "gate", "norm", "rest"]
 
 
 class Output(NamedTuple):
-    """logits (N, classes), and one route per recursive cell; no routes in a static network."""
+    """What the network says, and one route per recursive cell; no routes in a static network.
 
-    logits: Tensor
+    `prediction`: logits (N, classes) in classification, restored images (N, 1, H, W) in denoising.
+    """
+
+    prediction: Tensor
     routes: tuple[CellRoute, ...]
+
+    @property
+    def logits(self) -> Tensor:
+        """The prediction of classification by its usual name."""
+        return self.prediction
 
 
 class Network(nn.Module):
-    """A network of recursive cells. `image_size` is the side, in pixels, it is meant for.
+    """A network of recursive cells.
 
+    `image_size` is the side, in pixels, it is meant for; `channels` is how many its images have.
     `step_choices`, ascending, are the numbers of steps that a cost-adjustable network can be asked
     for (RC Sec. 4); empty where there is no choice.
     """
 
     image_size: int
+    channels: int = 3
     step_choices: tuple[int, ...] = ()
 
     def forward(self, images: Tensor, steps: int | None = None) -> Output:
-        """images (N, 3, H, W); None takes the largest number of steps.
+        """images (N, channels, H, W); None takes the largest number of steps.
 
         Raises:
             ValueError: a number of steps that is not one of `step_choices`.

@@ -6,7 +6,7 @@
 | `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
 | `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
 | per path         | one per (steps of the stage before, step)    | RC Sec. 4.1, Eq. 6       |
-| none             | none: the input passes as it is              | RC Sec. 5.2, Table 2     |
+| `none`           | none                                         | RC Tables 2 and 3        |
 """
 
 from __future__ import annotations
@@ -140,20 +140,21 @@ class PerPathNorm(NormBank):
 
 
 class NoNorm(NormBank):
-    """No norm at all: RC Sec. 5.2, Table 2."""
+    """No norm at any step: what the other banks are compared with (RC Tables 2 and 3)."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, norms=0, sync=False)
+    def __init__(self, channels: int, *, steps: int, sync: bool = False) -> None:
+        super().__init__(channels, norms=0, sync=sync)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         return x
 
 
 # Those that need to know nothing but the number of steps.
-BANKS: dict[str, type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
+BANKS: dict[str, type[NoNorm] | type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
     "shared": SharedNorm,
     "per_step": PerStepNorm,
     "gated_per_step": GatedPerStepNorm,
+    "none": NoNorm,
 }
 
 

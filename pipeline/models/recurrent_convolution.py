@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.models.cells import NormFactory, PreActivationCell
 from pipeline.models.network import Network, Output, check_common_options
-from pipeline.models.norms import BANKS, NoNorm, PerPathNorm
+from pipeline.models.norms import BANKS, PerPathNorm
 from pipeline.models.routers import FixedRouter
 from pipeline.models.stage import CellRoute, RecursiveCell, Stage
 
@@ -47,8 +47,6 @@ class Norms:
     def bank(self, steps: int, *, first: bool) -> NormFactory:
         """For a cell of at most `steps` steps; before the `first` stage no steps vary."""
         match self.kind:
-            case "none":
-                return NoNorm
             case "per_path":
                 paths = {1: steps} if first else {n: min(n, steps) for n in self.choices}
                 return partial(PerPathNorm, paths=paths, sync=self.sync)

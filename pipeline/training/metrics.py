@@ -22,18 +22,18 @@ class Window:
         self._batches = 0
         self._samples = 0
 
-    def add(self, terms: Mapping[str, Tensor], output: Output, labels: Tensor) -> None:
-        """Count one micro-batch of this rank: loss terms, accuracy, and who executed what."""
-        correct = output.logits.detach().argmax(1) == labels
+    def add(
+        self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor], output: Output
+    ) -> None:
+        """Count one micro-batch of this rank: loss terms, metrics, and who executed what."""
         values = torch.cat(
             [
-                torch.stack([term.detach() for term in terms.values()]),
-                correct.float().mean(0, keepdim=True),
+                torch.stack([value.detach() for value in (*terms.values(), *metrics.values())]),
                 *(route.executed.float().mean(0) for route in output.routes),
             ]
         )
         if self._sums is None:
-            self._names = [*terms, "top1"]
+            self._names = [*terms, *metrics]
             for route in output.routes:
                 steps = range(1, route.executed.shape[1] + 1)
                 self._names += [f"rate/{route.cell}/{step}" for step in steps]
@@ -41,14 +41,14 @@ class Window:
         else:
             self._sums = self._sums + values
         self._batches += 1
-        self._samples += len(output.logits)
+        self._samples += len(output.prediction)
 
     def point(self, world: World) -> dict[str, float]:
         """Means over the window and all ranks, `train/...`; collective. Empty without batches.
 
-        `train/loss` is the sum of the loss terms, `train/top1` the accuracy on the augmented
-        samples, `train/rate/<cell>/<step>` the share of samples that executed a step of a recursive
-        cell, at the noisy gates of training where it has one.
+        `train/loss` is the sum of the loss terms, the task's metrics (such as `train/top1`) are
+        those of the augmented samples, `train/rate/<cell>/<step>` the share of samples that
+        executed a step of a recursive cell, at the noisy gates of training where it has one.
         """
         if self._sums is None:
             return {}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import DENOISING, Manifest
 from pipeline.config import Config, ConfigError
 from pipeline.data import BatchPlan
 from pipeline.distributed import World
-from pipeline.models import Network, create_model
+from pipeline.models import Network, create_model, task_of
 from pipeline.models.cost import Cost, measure_choices
 from pipeline.training import optim, steps
 
@@ -38,11 +38,12 @@ def plan(config: Config, world_size: int) -> Plan:
     """Check everything that can be wrong with a configuration here and now.
 
     Raises:
-        ValueError: the model or its options, the shard set, the parameter groups, the numbers of
-            steps, or a batch that the ranks cannot divide.
+        ValueError: the model or its options, the shard set, the task of either, the parameter
+            groups, the numbers of steps, or a batch that the ranks cannot divide.
     """
     config = optim.scaled(config)
     manifest = Manifest.load(config.data.path)
+    check_task(config, manifest)
     with torch.device("meta"):  # shapes alone: no weights are drawn
         model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
@@ -56,6 +57,35 @@ def plan(config: Config, world_size: int) -> Plan:
     )
 
 
+def check_task(config: Config, manifest: Manifest) -> None:
+    """Refuse a network, a shard set and a noise level that are not all for one task.
+
+    Raises:
+        ConfigError: they are not, or the network is unknown.
+    """
+    try:
+        task = task_of(config.model)
+    except ValueError as error:
+        raise ConfigError(f"model={config.model}: {error}") from None
+    if manifest.task != task:
+        kind = "bsd" if task == DENOISING else "folder"
+        raise ConfigError(
+            f"model={config.model} is for {task} and {manifest.root} is a set for {manifest.task}: "
+            f"give data.path of a set that `reprise prep {kind}` made, or a network for "
+            f"{manifest.task}"
+        )
+    if task == DENOISING and config.data.sigma is None:
+        raise ConfigError(
+            f"model={config.model} removes noise and none is given: give its standard deviation, "
+            "of 255, such as data.sigma=25"
+        )
+    if task != DENOISING and config.data.sigma is not None:
+        raise ConfigError(
+            f"data.sigma={config.data.sigma:g} with model={config.model}, which is for {task}: "
+            "leave data.sigma out, or give a network for denoising, such as model=rc_r3_4"
+        )
+
+
 def build_model(config: Config, classes: int) -> Network:
     """The network, its initial weights decided by the seed alone.
 
@@ -64,9 +94,10 @@ def build_model(config: Config, classes: int) -> Network:
     """
     if "num_classes" in config.model_options:
         raise ConfigError("model_options.num_classes comes from the shard set: remove it")
+    counted = {} if config.task == DENOISING else {"num_classes": classes}
     torch.manual_seed(config.seed)
     try:
-        return create_model(config.model, num_classes=classes, **config.model_options)
+        return create_model(config.model, **counted, **config.model_options)
     except ValueError as error:
         raise ConfigError(f"model={config.model}: {error}") from None
 
@@ -80,4 +111,5 @@ def _batch_plan(config: Config, manifest: Manifest, world: World) -> BatchPlan:
         world_size=world.world_size,
         seed=config.seed,
         shard_sizes=tuple(shard.samples for shard in manifest.train.shards),
+        repeats=config.data.repeats,
     )

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
+from pipeline import tasks
 from pipeline.config import Config, ConfigError
-from pipeline.data import Loader, eval_loader, train_loader
+from pipeline.data import Loader, Noise, eval_loader, train_loader
 from pipeline.distributed import World
 from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
@@ -134,6 +135,8 @@ def _build(
             world=world,
             seed=config.seed,
             workers=config.data.workers,
+            repeats=config.data.repeats,
+            noise=Noise.of(config),
         ),
         store=store,
         evaluate=_Evaluation(planned, directory, world, model, average, display),
@@ -189,6 +192,7 @@ class _Evaluation:
                 manifest.evaluation.name,
                 step,
                 DTYPES[config.train.precision],
+                task=tasks.of(config),
                 steps=steps,
             )
             if self.world.is_main:
@@ -200,8 +204,10 @@ class _Evaluation:
         return metrics
 
 
-def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:
-    """The evaluation split of a shard set, read as the configuration says."""
+def open_evaluation(
+    config: Config, manifest: Manifest, world: World, split: str | None = None
+) -> Loader:
+    """A split of a shard set, its evaluation split by default, read as the configuration says."""
     return eval_loader(
         manifest,
         reader=config.data.reader,
@@ -209,6 +215,8 @@ def open_evaluation(config: Config, manifest: Manifest, world: World) -> Loader:
         batch_size=config.data.eval_batch_size,
         world=world,
         workers=config.data.workers,
+        split=split,
+        noise=Noise.of(config),
     )
 
 

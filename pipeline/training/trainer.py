@@ -6,6 +6,7 @@ import enum
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pipeline import tasks
 from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
 from pipeline.models import Network, Output
-from pipeline.training import losses, statistics, steps
+from pipeline.training import statistics, steps
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.training.engine import Engine
@@ -89,8 +91,8 @@ class Trainer:
     """One run on one rank.
 
     Args:
-        evaluate: called with the step, on all ranks, after an epoch; of its metrics, `eval/top1`
-            decides which checkpoint is the best.
+        evaluate: called with the step, on all ranks, after an epoch; of its metrics, the task's
+            score decides which checkpoint is the best.
         shared: further parts of the state that are the same on all ranks.
         identity: what a checkpoint must agree on to be resumed here.
         stop_requested: asked at each step; one rank's wish stops all after the step.
@@ -116,6 +118,7 @@ class Trainer:
         on_step: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
         self.config = config
+        self.task = tasks.of(config)
         self.world = world
         self.model = model
         self.engine = engine
@@ -185,7 +188,7 @@ class Trainer:
             self._refuse(batch, terms)
         self.engine.step()
         self.progress.count(batch)
-        self._window.add(terms, output, batch.labels)
+        self._window.add(terms, self.task.training_metrics(output, batch), output)
         return verdict
 
     def _forward(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
@@ -195,7 +198,7 @@ class Trainer:
             config.steps, config.seed, self.progress.step, self.engine.micro_batch
         ):
             output = self.engine.forward(batch.images, number)
-            found = losses.terms(output, batch.labels, config.loss, self.world)
+            found = self.task.loss_terms(output, batch, self.world)
             for name, term in found.items():
                 terms[name] = terms.get(name, 0.0) + weight * term
         return output, terms
@@ -266,7 +269,8 @@ class Trainer:
             with self.statistics.averaged(self.world):
                 metrics = self.evaluate(progress.step)
             self.sink.metrics(metrics, progress.step)
-            score = metrics["eval/top1"]
+            found = metrics[self.task.score]
+            score = found if math.isfinite(found) else None  # such weights are never the best
             self._window = Window()  # the time of the evaluation is not training's
         must = last or verdict.stop
         if must or self._is_best(score) or self._checkpoint_due(verdict):

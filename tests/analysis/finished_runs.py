@@ -9,10 +9,10 @@ from data_prep.manifest import Manifest
 from data_prep.prepare import prepare
 from data_prep.sources import open_source
 from pipeline.data.shards import ShardSet
-from pipeline.evaluate import Samples, Summary
 from pipeline.models import create_model
 from pipeline.models.cost import measure
 from pipeline.run_directory import RunDirectory
+from pipeline.tasks.classification import Samples, Summary
 from pipeline.tracking import Tracker
 
 CLASSES = ("<b>bold", "cat & dog", "plain")

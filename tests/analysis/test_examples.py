@@ -14,7 +14,7 @@ from pipeline import evaluate
 from pipeline.analysis import contents, examples
 from pipeline.analysis.examples import Pick
 from pipeline.data.shards import ShardSet
-from pipeline.evaluate import Samples
+from pipeline.tasks.classification import Samples
 
 
 def made_up(labels, steps, losses):

@@ -40,6 +40,7 @@ def test_names():
     for prefix in ("sd_", "aig_"):
         assert list_models(f"{prefix}*") == [prefix + name for name in list_models("resnet*")]
     assert list_models("vgg*") == []
+    assert list_models("rc_*3_*") == [f"rc_{kind}3_{n}" for kind in "rs" for n in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith("rc_")])
@@ -55,7 +56,7 @@ def test_every_norm_with_every_router_builds_or_is_refused(name):
         for cell in model.modules():
             if isinstance(cell, RecursiveCell) and not cell.is_static:
                 assert type(cell.cell.norm1) is type(cell.cell.norm2) is BANKS[norm]
-                assert len(cell.cell.norm1.norms) == (1 if norm == "shared" else cell.steps)
+                assert len(cell.cell.norm1.norms) == {"shared": 1, "none": 0}.get(norm, cell.steps)
                 assert isinstance(cell.router, Gate) == (_router(name) == "gate")
 
 

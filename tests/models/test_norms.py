@@ -154,7 +154,8 @@ def test_only_the_gated_bank_looks_at_who_executed():
     x = torch.randn(N, C, SIDE, SIDE) * torch.arange(1, N + 1)[:, None, None, None]
     step = Step(0, executed=torch.tensor(MIXED, dtype=torch.bool))
     plain = F.batch_norm(x, None, None, training=True)
-    for name, bank in BANKS.items():
+    for name in ("shared", "per_step", "gated_per_step"):
+        bank = BANKS[name]
         same = torch.allclose(bank(C, steps=1)(x, step), plain, atol=1e-5)
         assert same == (name != "gated_per_step"), name
 
@@ -249,3 +250,10 @@ def test_under_autocast_it_is_the_reference_of_the_rounded_input(dtype):
         (norm.bias.grad, reference.bias.grad),
     ):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_no_norm_changes_nothing_and_has_nothing_to_train():
+    bank = BANKS["none"](C, steps=3)
+    x = torch.randn(N, C, SIDE, SIDE)
+    assert torch.equal(bank(x, Step(2)), x)
+    assert not [*bank.parameters(), *bank.buffers()]

@@ -42,7 +42,7 @@ def convolutions_on_the_way(model, steps=None):
 
 
 def test_names():
-    assert list_models("rc_*") == [
+    assert [name for name in list_models("rc_*") if name not in list_models("rc_?3_*")] == [
         *("rc_early_exit", "rc_r2", "rc_r2_1", "rc_r2_2", "rc_r2_3", "rc_r2_4", "rc_r4"),
         *("rc_s2_1", "rc_s2_2", "rc_s2_3", "rc_s2_4", "rc_s2_4_half"),
         *("rc_s4_1", "rc_s4_2", "rc_s4_3"),

@@ -55,7 +55,7 @@ def test_per_path_norms_that_ignore_the_path_are_per_step_norms(name):
 BANK = {"none": NoNorm, "shared": SharedNorm, "per_step": PerStepNorm, "per_path": PerPathNorm}
 
 
-@pytest.mark.parametrize("name", list_models("rc_*"))
+@pytest.mark.parametrize("name", sorted({*list_models("rc_*")} - {*list_models("rc_?3_*")}))
 @pytest.mark.parametrize("kind", BANK)
 def test_every_norm_builds_or_is_refused(name, kind):
     recurrent = name.startswith("rc_r")
@@ -97,7 +97,7 @@ def test_a_number_that_was_not_built_for_is_refused_with_the_valid_ones(name):
         message = f"built for {', '.join(map(str, ADJUSTABLE[name]))} steps: give one"
     for steps in (0, 5, -1):
         with pytest.raises(ValueError, match=rf"^steps={steps}: .*{message}") as caught:
-            model(torch.zeros(1, 3, SIDE, SIDE), steps)
+            model(torch.zeros(1, model.channels, SIDE, SIDE), steps)
         assert "\n" not in str(caught.value)
     if name not in ADJUSTABLE:
         assert model.step_choices == ()

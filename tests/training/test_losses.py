@@ -13,7 +13,7 @@ from pipeline.distributed import World
 from pipeline.models import CellRoute, Network, Output, create_model
 from pipeline.models.norms import BatchNorm
 from pipeline.models.routers import Gate
-from pipeline.training import losses
+from pipeline.tasks import losses
 from pipeline.training.engine import Engine
 from tests.training.processes import on_ranks
 

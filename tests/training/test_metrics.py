@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config import Loss
+from pipeline.data import Batch
 from pipeline.distributed import World
 from pipeline.models import CellRoute, Output
+from pipeline.tasks import Classification
 from pipeline.training.metrics import Window
 from tests.training.processes import on_ranks
 
@@ -27,8 +30,9 @@ def _two_batches(world: World, clock: unittest.mock.Mock) -> dict[str, float]:
         route = CellRoute("cell", weights, weights > 0, 0.7)
         ungated = CellRoute("fixed", torch.ones(2, 1), torch.ones(2, 1) > 0, None)
         terms = {"cross_entropy": loss, "execution_rate": 2 * loss}
-        logits = torch.eye(3)[[number, 2]]
-        window.add(terms, Output(logits, (route, ungated)), torch.tensor([world.rank, 2]))
+        output = Output(torch.eye(3)[[number, 2]], (route, ungated))
+        batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([world.rank, 2]), ("a", "b"))
+        window.add(terms, Classification(Loss()).training_metrics(output, batch), output)
     clock.return_value = 104.0
     return window.point(world)
 
