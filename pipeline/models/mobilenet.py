@@ -14,6 +14,7 @@ from pipeline.models.cells import InvertedResidual
 from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS, BatchNorm
 from pipeline.models.options import PREFIXES, Kind, Options
+from pipeline.models.pooling import global_average
 from pipeline.models.routers import FixedRouter, Gate, Router
 from pipeline.models.stage import CellRoute, RecursiveCell, Stage
 
@@ -90,7 +91,7 @@ class MobileNetV2(Network):
             x, stage_routes = stage(x)
             routes += stage_routes
         x = F.relu6(self.head_norm(self.head(x)), inplace=True)
-        return Output(self.classifier(x.mean((2, 3))), routes)
+        return Output(self.classifier(global_average(x)), routes)
 
 
 def _mobilenet_v2(

@@ -179,14 +179,15 @@ class _GroupedBatchNorm(torch.autograd.Function):
         """x (N, C, H, W), group (N,) -> y, then mean, biased var (groups, C), count (groups, 1)."""
         pixels = x.shape[2] * x.shape[3]
         member = (group[:, None] == torch.arange(groups, device=x.device)).float()
-        sample_mean, sample_var = _moments(x.float())
+        exact = x.float()
+        sample_mean, sample_var = _moments(exact)
         mean, var, count = _pool(sample_mean[:, None], sample_var[:, None], member * pixels)
         if sync:
             mean, var, count = _pool_ranks(mean, var, count)
         rstd = torch.rsqrt(var + eps)
         scale = weight * rstd
         shift = bias - mean * scale  # Eq. 11: gamma (x - mean) rstd + beta = scale x + shift
-        y = torch.addcmul(_per_sample(shift, group), x.float(), _per_sample(scale, group))
+        y = torch.addcmul(_per_sample(shift, group), exact, _per_sample(scale, group))
         ctx.save_for_backward(x, weight, group, member, mean, rstd, count)
         ctx.sync = sync
         ctx.mark_non_differentiable(mean, var, count)

@@ -20,6 +20,7 @@ from pipeline.models.cells import BasicCell, Bottleneck, ResidualCell, StrideOn
 from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS, BatchNorm
 from pipeline.models.options import PREFIXES, Kind, Options
+from pipeline.models.pooling import global_average
 from pipeline.models.routers import FixedRouter, Gate, RandomDrop, Router
 from pipeline.models.routers.gate import HIDDEN
 from pipeline.models.routers.random_drop import linear_decay
@@ -77,7 +78,7 @@ class ResNet(Network):
         for stage in self.stages:
             x, stage_routes = stage(x)
             routes += stage_routes
-        return Output(self.classifier(x.mean((2, 3))), routes)
+        return Output(self.classifier(global_average(x)), routes)
 
 
 def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[RecursiveCell]]:

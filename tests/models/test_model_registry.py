@@ -221,6 +221,30 @@ def test_channels_last_gives_the_same(name):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*SMALL, "dr_resnet35", "aig_resnet50", "dr_mobilenet_v2"])
+def test_gradients_stay_channels_last(name):
+    """One that does not makes all that it is added to, and the convolutions before it, slow."""
+    model = _model(name)
+    layouts = {}
+
+    def watch(cell):
+        def on_output(module, inputs, output):
+            output[0].register_hook(
+                lambda g: layouts.update({cell: g.is_contiguous(memory_format=torch.channels_last)})
+            )
+
+        return on_output
+
+    cells = {n: m for n, m in model.named_modules() if isinstance(m, RecursiveCell)}
+    for cell, module in cells.items():
+        module.register_forward_hook(watch(cell))
+    images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, routes = model(images)
+    (logits.float().square().sum() + sum(route.weights.mean() for route in routes)).backward()
+    assert layouts == dict.fromkeys(reversed(cells), True)
+
+
 def test_every_norm_of_a_network_is_found_by_its_type():
     model = _model("dr_resnet16", sync_norm=True)
     owners = {name.rpartition(".")[0] for name, _ in model.named_buffers()}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.norms import BatchNorm
+from pipeline.models.pooling import global_average
 from pipeline.models.routers.base import Router
 
 INITIAL_RATE = 0.85
@@ -64,7 +65,7 @@ class Gate(Router):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> decision (N,), exactly 0 or 1."""
         with _without_autocast(x.device):
-            features = x.float().mean((2, 3))
+            features = global_average(x, torch.float32)
             if self.hidden is not None:
                 features = self.hidden(features)
                 if self.norm is not None:
