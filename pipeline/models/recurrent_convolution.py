@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pipeline.models.cells import NormFactory, PreActivationCell
 from pipeline.models.network import Network, Output, check_common_options
 from pipeline.models.norms import BANKS, PerPathNorm
+from pipeline.models.pooling import global_average
 from pipeline.models.routers import FixedRouter
 from pipeline.models.stage import CellRoute, RecursiveCell, Stage
 
@@ -102,7 +103,7 @@ class RecurrentConvolution(Network):
                 x = self.between(x)
             x, stage_routes = stage(x, taken, taken if number and taken else 1)
             routes += stage_routes
-        return Output(self.classifier(x.mean((2, 3))), routes)
+        return Output(self.classifier(global_average(x)), routes)
 
 
 class EarlyExit(Network):
@@ -136,7 +137,7 @@ class EarlyExit(Network):
             # A stage of no steps passes its input on, and its routes say that nobody executed it.
             x, stage_routes = stage(x, None if number < taken else 0)
             routes += stage_routes
-        return Output(self.classifiers[str(taken)](x.mean((2, 3))), routes)
+        return Output(self.classifiers[str(taken)](global_average(x)), routes)
 
 
 def _initialise(network: Network) -> None:
