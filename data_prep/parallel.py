@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -26,6 +27,9 @@ def run_parallel(
     """Yield (position of the task, its result) as results come in; ``workers=None``: all cores.
 
     The first exception of a task ends all and is raised here. One worker works in this process.
+
+    Raises:
+        ValueError: a worker was killed.
     """
     workers = min(available_cores() if workers is None else workers, len(tasks))
     if workers <= 1:
@@ -38,6 +42,11 @@ def run_parallel(
         positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
         for future in as_completed(positions):
             yield positions[future], future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of {workers} worker processes was killed, most likely for want of memory: call "
+            "it again with fewer (--workers)"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

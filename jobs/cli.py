@@ -153,30 +153,62 @@ def train(
         click.echo(describe.next_steps(run_dir))
 
 
+def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """`4,2,3` as (2, 3, 4)."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")})) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers: give such as 2,3,4") from None
+
+
 @cli.command("eval")
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
 @click.option("--data", type=FOLDER, help="Another shard set of the same classes or task.")
 @click.option("--split", help="Another split of the set than the one to evaluate on.")
 @click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
+@click.option(
+    "--steps",
+    callback=_numbers,
+    metavar="N[,N]...",
+    help="Numbers of steps of a cost-adjustable network; default: the largest.",
+)
 @QUIET
-def evaluate(run_dir: Path, data: Path | None, split: str | None, best: bool, quiet: bool) -> None:
-    """Evaluate a run: accuracy or PSNR, executed steps, multiply-adds, images/s."""
+def evaluate(
+    run_dir: Path,
+    data: Path | None,
+    split: str | None,
+    best: bool,
+    steps: tuple[int, ...],
+    quiet: bool,
+) -> None:
+    """Evaluate a run: accuracy or PSNR, executed steps, multiply-adds, images/s.
+
+    A cost-adjustable network answers at each number of --steps that it was built for.
+    """
     from jobs import console, describe, tasks
 
     console.configure(quiet)
-    summary, folder = tasks.Evaluate(run_dir, data, split, best, quiet)()
-    click.echo(describe.summary(summary))
-    click.echo(f"per-sample results: {folder}")
+    results = tasks.Evaluate(run_dir, data, split, best, quiet, steps)()
+    summaries = [summary for summary, _ in results]
+    click.echo(describe.by_steps(summaries) if steps else describe.summary(summaries[0]))
+    for _, folder in results:
+        click.echo(f"per-sample results: {folder}")
 
 
 @cli.command()
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
-def report(run_dir: Path) -> None:
+@click.option(
+    "--beside",
+    type=FOLDER,
+    multiple=True,
+    help="Another run whose cost-accuracy curve is drawn beside this one's.",
+)
+def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
     from pipeline.analysis import report as page
     from pipeline.run_directory import RunDirectory
 
-    click.echo(page.write(RunDirectory(run_dir)))
+    click.echo(page.write(RunDirectory(run_dir), [RunDirectory(other) for other in beside]))
 
 
 @cli.command()

@@ -32,7 +32,7 @@ def run(folder: Path, seed: int, quiet: bool) -> int:
         return code
     signal.signal(signal.SIGINT, signal.default_int_handler)  # training took it to save first
     click.echo("3. evaluating")
-    summary, _ = tasks.Evaluate(directory, quiet=quiet)()
+    ((summary, _),) = tasks.Evaluate(directory, quiet=quiet)()
     page = report.write(RunDirectory(directory))
     click.echo(describe.summary(summary))
     click.echo(

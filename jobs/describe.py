@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ def plan(planned: Plan) -> str:
             f"{config.schedule.name} schedule, seed {config.seed}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
+            *(
+                f"at {steps} steps: {mega(one.nominal)}"
+                for steps, one in planned.costs.items()
+                if steps is not None
+            ),
             _table(rows, ["group", "parameters", "lr", "weight decay"]),
         ]
     )
@@ -64,8 +70,26 @@ def summary(found: Summary) -> str:
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
+def by_steps(found: Sequence[Summary]) -> str:
+    """The results of one network at several numbers of steps."""
+    rows: list[list[object]] = [
+        [
+            summary.step_choice,
+            *(figure for _, figure in summary.rows),
+            mega(summary.multiply_adds),
+            f"{summary.images_per_second:,.0f}",
+        ]
+        for summary in found
+    ]
+    results = [name for name, _ in found[0].rows]
+    table = _table(rows, ["steps", *results, "multiply-adds", "images/s"])
+    return f"{table}\n{found[0].samples:,} {found[0].split} images"
+
+
 def models(pattern: str) -> str:
-    """Every network with its cost for 10 classes at its own image size."""
+    """Every network with its cost at its own number of classes and image size."""
+    import torch
+
     from pipeline.models import create_model, list_models
     from pipeline.models.cost import measure
 
@@ -74,7 +98,8 @@ def models(pattern: str) -> str:
         raise ValueError(f"no network matches {pattern!r}: `reprise models` lists them all")
     rows: list[list[object]] = []
     for name in names:
-        cost = measure(create_model(name))
+        with torch.device("meta"):
+            cost = measure(create_model(name))
         rows.append(
             [
                 name,
@@ -86,8 +111,9 @@ def models(pattern: str) -> str:
         )
     headers = ["network", "parameters", "nominal", "expected", "maximal"]
     note = (
-        "Multiply-adds of convolutions and linear layers, one image, 10 classes. nominal: every "
-        "step executed;\nexpected: gates at their target rate; maximal: every step and every gate."
+        "Multiply-adds of convolutions and linear layers, one image (CIFAR: 32 pixels, 10 "
+        "classes;\nImageNet: 224 pixels, 1,000 classes). nominal: every step executed; expected: "
+        "gates at their\ntarget rate; maximal: every step and every gate."
     )
     return f"{_table(rows, headers)}\n\n{note}"
 

@@ -168,16 +168,20 @@ class _StopRequest:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's checkpoint on its own or another shard set."""
+    """Evaluate a run's checkpoint on its own or another shard set.
+
+    `steps` are asked of a cost-adjustable network one after the other; without, the largest number.
+    """
 
     run: Path
     data: Path | None = None
     split: str | None = None
     best: bool = False
     quiet: bool = False
+    steps: tuple[int, ...] = ()
 
-    def __call__(self) -> tuple[Summary, Path]:
-        """The summary, and the folder that holds it and the per-sample results."""
+    def __call__(self) -> list[tuple[Summary, Path]]:
+        """Each summary, and the folder that holds it and the per-sample results."""
         from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
         from pipeline import tasks
@@ -203,32 +207,47 @@ class Evaluate:
         world = World.detect()
         world.start()
         model = restore.trained_network(config, manifest, found, world.device)
+        for number in self.steps:
+            model.steps_taken(number)  # refuse a wrong number before the work on the right ones
         loader = open_evaluation(config, manifest, world, self.split)
-        with console.progress("evaluating", self.quiet) as report:
-            done = 0
-
-            def count(samples: int) -> None:
-                nonlocal done
-                done += samples
-                report(done, loader.samples)
-
-            summary, samples = evaluation.evaluate(
-                model,
-                loader,
-                world,
-                measure(model, config.data.augment.size),
-                self.split or manifest.evaluation.name,
-                found.step,
-                DTYPES[config.train.precision],
-                count,
-                tasks.of(config),
+        results = []
+        for steps in self.steps or (None,):
+            at = "" if steps is None else f" at {steps} steps"
+            with console.progress(f"evaluating{at}", self.quiet) as report:
+                summary, samples = evaluation.evaluate(
+                    model,
+                    loader,
+                    world,
+                    measure(model, config.data.augment.size, steps),
+                    self.split or manifest.evaluation.name,
+                    found.step,
+                    DTYPES[config.train.precision],
+                    _running_total(report, loader.samples),
+                    task=tasks.of(config),
+                    steps=steps,
+                )
+            fewer = None if steps == model.steps_taken(None) else steps
+            folder = directory.evaluation_of(
+                manifest, self.data, split=self.split, fewer_steps=fewer
             )
+            if world.is_main:
+                evaluation.save(folder, summary, samples)
+            results.append((summary, folder))
         loader.close()
-        folder = directory.evaluation_of(manifest, self.data, self.split)
-        if world.is_main:
-            evaluation.save(folder, summary, samples)
         world.stop()
-        return summary, folder
+        return results
+
+
+def _running_total(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A callback for the samples of one batch, from one for all that are done."""
+    done = 0
+
+    def count(samples: int) -> None:
+        nonlocal done
+        done += samples
+        report(done, total)
+
+    return count
 
 
 def send_journals(runs: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,6 +83,15 @@ class Data(_Section):
         )
 
 
+class InitFrom(_Section):
+    """Weights of a static network that a new run starts from."""
+
+    path: Path = Field(description="a finished run, its weights.safetensors, or torchvision's .pth")
+    recursive: Literal["mean", "first"] = Field(
+        default="mean", description="of the cells that a recursive cell replaces"
+    )
+
+
 class ParameterGroup(_Section):
     """How the parameters of one role differ from the rest."""
 
@@ -92,6 +102,12 @@ class ParameterGroup(_Section):
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
+    lr_batch: int | None = Field(
+        default=None,
+        gt=0,
+        description="global batch that lr is for: it grows and shrinks with train.batch_size, a "
+        "larger batch warms up; None: lr is for any",
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
@@ -136,6 +152,34 @@ class Loss(_Section):
     execution_rate: float = Field(default=1.0, ge=0, description="weight of DRNN Eq. 12")
 
 
+class Steps(_Section):
+    """What a cost-adjustable network trains with (RC Sec. 4.2)."""
+
+    probabilities: dict[int, float] = Field(
+        default={}, description="of each number of steps that the network can take"
+    )
+    draw: Literal["one", "all"] = Field(
+        default="one",
+        description="per micro-batch: one number, by its probability (RC Alg. 2), or all of them, "
+        "losses weighted by the probabilities",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Steps:
+        values = self.probabilities.values()
+        if any(not value > 0 for value in values):
+            raise ValueError(
+                f"probabilities={self.probabilities} must be greater than 0: leave out numbers of "
+                "steps that are not to be trained"
+            )
+        if values and not math.isclose(math.fsum(values), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"probabilities={self.probabilities} sum to {math.fsum(values):g}: they must sum "
+                "to 1"
+            )
+        return self
+
+
 class Train(_Section):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
@@ -161,10 +205,12 @@ class Config(_Section):
     name: str = Field(description="the recipe's")
     model: str
     model_options: dict[str, Any] = {}
+    init_from: InitFrom | None = Field(default=None, description="None: from scratch")
     data: Data
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    steps: Steps = Steps()
     train: Train
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"
@@ -231,7 +277,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = values
     for parent in parents:
-        child = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or a section that is left out
+            node[parent] = {}
+        child = node[parent]
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
         node = child
@@ -264,8 +312,9 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
         field = section.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is None:
             return ""
         section = inner
     valid = list(section.model_fields)

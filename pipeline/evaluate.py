@@ -36,17 +36,24 @@ def evaluate(
     step: int,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda _: None,
+    *,
     task: Task = CLASSIFICATION,
+    steps: int | None = None,
 ) -> tuple[Summary, Samples]:
     """Run the model once over this rank's samples and join the ranks' results on all ranks.
 
     Args:
-        cost: of this model, for the multiply-adds as executed.
+        cost: of this model at these steps, for the multiply-adds as executed.
         split, step: what is evaluated, and after how many optimizer steps: for the record.
         dtype: of the forward pass, under autocast unless float32.
         on_batch: called with the number of samples of each batch done on this rank.
         task: what the results are.
+        steps: asked of a cost-adjustable network; None takes the largest number.
+
+    Raises:
+        ValueError: a number of steps that the network was not built for.
     """
+    choice = model.steps_taken(steps)
     training = model.training
     model.eval()
     started = time.perf_counter()
@@ -56,7 +63,7 @@ def evaluate(
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
         for batch in loader:
-            output: Output = model(batch.images)
+            output: Output = model(batch.images, choice)
             cells = [route.cell for route in output.routes]
             executed = [route.executed.cpu().numpy() for route in output.routes]
             results = task.results(output, batch, done)
@@ -68,7 +75,8 @@ def evaluate(
     cells = next((names for names, _, _ in gathered if names), [])
     joined = [part for _, own, _ in gathered for part in own]
     seconds = max(elapsed for _, _, elapsed in gathered)
-    return _summarise(task, joined, cells, cost, seconds, {"split": split, "step": step})
+    record = {"split": split, "step": step, "step_choice": choice}
+    return _summarise(task, joined, cells, cost, seconds, record)
 
 
 def _summarise(

@@ -42,14 +42,22 @@ class RunDirectory:
         return self.config_file.is_file()
 
     def evaluation_of(
-        self, manifest: Manifest, other: Path | None = None, split: str | None = None
+        self,
+        manifest: Manifest,
+        other: Path | None = None,
+        *,
+        split: str | None = None,
+        fewer_steps: int | None = None,
     ) -> Path:
         """Where the evaluation on a shard set's split, None: its evaluation split, is kept.
 
         A set `other` than the run's own is known by its path: two sets may have one name.
+        `fewer_steps` than the largest number have a place of their own.
         """
         name = manifest.name if other is None else "-".join(other.parts).strip("-./")
-        return self.evaluation / f"{name.replace('/', '')}-{split or manifest.evaluation.name}"
+        suffix = "" if fewer_steps is None else f"-{fewer_steps}-steps"
+        split = split or manifest.evaluation.name
+        return self.evaluation / f"{name.replace('/', '')}-{split}{suffix}"
 
     def read_config(self) -> Config:
         """Raises ConfigError if this is not a run directory."""

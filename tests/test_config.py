@@ -23,6 +23,11 @@ REFUSED = {
         "data.augment.paddding=3",
         ["'data.augment.paddding'", "did you mean 'data.augment.padding'"],
     ),
+    "typo in a section that is left out": (
+        "init_from.pat=runs/a",
+        ["'init_from.pat'", "did you mean 'init_from.path'", "init_from.path is missing"],
+    ),
+    "unknown fold": ("init_from={path: a, recursive: last}", ["init_from.recursive='last'"]),
     "typo near nothing": ("loss.zzz=1", ["'loss.zzz'", "loss.label_smoothing"]),
     "unknown role": ("optimizer.groups.gates.lr_factor=1", ["gates", "'gate'"]),
     "text for a number": ("train.epochs=many", ["train.epochs='many'", "integer"]),
@@ -42,6 +47,11 @@ REFUSED = {
     "small resize": ("data.augment.eval_resize=8", ["eval_resize=8", "eval_resize >= 32"]),
     "scale upside down": ("data.augment.scale=[1,0.5]", ["scale=(1.0, 0.5)"]),
     "scale from zero": ("data.augment.scale=[0,1]", ["0 < low"]),
+    "half of the probability": ("steps.probabilities={2: 0.5}", ["sum to 0.5", "sum to 1"]),
+    "no probability": ("steps.probabilities={2: 0, 3: 1}", ["greater than 0", "leave out"]),
+    "probability of nan": ("steps.probabilities={2: .nan}", ["greater than 0"]),
+    "steps by name": ("steps.probabilities={two: 1}", ["steps.probabilities.two", "integer"]),
+    "unknown draw": ("steps.draw=two", ["steps.draw='two'", "'all'"]),
     "no value": ("seed", ["'seed'", "key.path=value"]),
     "no key": ("=3", ["'=3'", "key.path=value"]),
     "broken YAML": ("seed=[1", ["'[1'", "not a YAML value"]),
@@ -103,6 +113,7 @@ def test_its_yaml_is_the_same_configuration(tmp_path: Path) -> None:
         "optimizer.clip_norm=1e-3",
         "optimizer.groups.rest.lr_factor=0.5",
         "model_options.target_rate=0.7",
+        "steps.probabilities={2: 0.25, 3: 0.75}",
         "checkpoints.every_minutes=null",
         "name='a: b'",
     ]
@@ -115,7 +126,9 @@ def test_its_yaml_is_the_same_configuration(tmp_path: Path) -> None:
 
 
 def test_flat_names_every_value_as_overrides_do() -> None:
-    flat = config.build(BASE, ["optimizer.groups.norm.lr_factor=2"]).flat()
+    overrides = ["optimizer.groups.norm.lr_factor=2", "steps.probabilities={3: 1}"]
+    flat = config.build(BASE, overrides).flat()
+    assert flat["steps.probabilities.3"] == 1
     assert flat["data.path"] == "data/digits"
     assert flat["data.augment.padding"] == 4
     assert flat["optimizer.groups.norm.lr_factor"] == 2
@@ -144,3 +157,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         config.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_section_that_is_left_out_can_be_filled_in() -> None:
+    built = config.build(config.build(BASE).model_dump(mode="json"), ["init_from.path=runs/static"])
+    assert built.init_from is not None
+    assert (built.init_from.path, built.init_from.recursive) == (Path("runs/static"), "mean")

@@ -1,6 +1,7 @@
 """Evaluation against the definitions, for any number of ranks."""
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.data import eval_loader
 from pipeline.distributed import World
 from pipeline.models import Network, create_model
 from pipeline.models.cost import measure
+from pipeline.models.norms import BatchNorm
 from pipeline.models.routers import Gate
 from tests.data import shard_set
 from tests.training.processes import on_ranks
@@ -129,3 +131,45 @@ def test_a_static_network_has_no_steps(manifest: Manifest) -> None:
     assert summary.steps_histogram == (64,)
     assert samples.steps.shape == (64, 0)
     assert summary.multiply_adds == summary.nominal_multiply_adds
+
+
+def at(manifest: Manifest, model: Network, steps: int | None) -> evaluation.Summary:
+    loader = eval_loader(
+        manifest, reader="torch", augment=Augmentation(size=16), batch_size=32, world=World(),
+        workers=0,
+    )  # fmt: skip
+    cost = measure(model, 16, steps)
+    return evaluation.evaluate(model, loader, World(), cost, "test", 3, steps=steps)[0]
+
+
+def test_an_adjustable_network_answers_at_the_steps_it_is_asked_for(manifest: Manifest) -> None:
+    torch.manual_seed(0)
+    model = create_model("rc_r2")
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            torch.nn.init.normal_(module.bias)
+    found = {steps: at(manifest, model, steps) for steps in (2, 3, 4)}
+    for steps, summary in found.items():
+        assert summary.step_choice == steps
+        assert summary.rates["stages.1.0"] == [1.0] * steps + [0.0] * (4 - steps)
+        assert (summary.mean_steps, summary.maximal_steps) == (2 * steps, 8)
+        assert summary.multiply_adds == measure(model, 16, steps).nominal
+        metrics = summary.metrics()
+        assert metrics[f"eval_steps/{steps}/top1"] == metrics["eval/top1"] == summary.top1
+        assert metrics[f"eval_steps/{steps}/loss"] == summary.loss
+    assert len({summary.loss for summary in found.values()}) == 3
+    largest = at(manifest, model, None)
+    assert replace(largest, images_per_second=found[4].images_per_second) == found[4]
+    with pytest.raises(ValueError, match="built for 2, 3, 4 steps"):
+        at(manifest, model, 5)
+
+
+def test_summaries_from_before_there_was_a_choice_are_read(
+    alone: tuple[evaluation.Summary, evaluation.Samples], tmp_path: Path
+) -> None:
+    evaluation.save(tmp_path / "set-test", *alone)
+    file = tmp_path / "set-test" / evaluation.SUMMARY
+    values = json.loads(file.read_text())
+    assert values.pop("step_choice") is None
+    file.write_text(json.dumps(values))
+    assert evaluation.load(tmp_path / "set-test")[0] == alone[0]

@@ -123,5 +123,5 @@ def test_a_short_recipe_gains_six_decibels(
     settings = ["data.path=bsd", "train.epochs=1", "data.repeats=3", "train.evaluate_every=9"]
     config = recipes.load("rc/denoising/r3_1-sigma25-short", settings)
     assert train(config, tmp_path / "run", stop_after=149) == 0
-    summary, _ = Evaluate(tmp_path / "run", split="set12", quiet=True)()
+    ((summary, _),) = Evaluate(tmp_path / "run", split="set12", quiet=True)()
     assert summary.metrics()["eval/psnr"] - summary.metrics()["eval/noisy_psnr"] > 6

@@ -23,7 +23,7 @@ _TERMS = {
 _ACCURACIES = {
     "eval/top1": "top-1",
     "eval/top5": "top-5",
-    "train/top1": "top-1, augmented training images",
+    "train/top1": "top-1, training",
 }
 _RATIOS = {
     "eval/psnr": "restored",
@@ -81,7 +81,7 @@ def _results(
             axes.plot(epochs, factor * values, color=color, label=labels[name], **marked)
         axes.set_ylabel(unit)
         over_epochs(axes)
-        legend_above(axes)
+        legend_above(axes, columns=2)
     return picture
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from data_prep.files import write_atomically
 from data_prep.manifest import CLASSIFICATION
 from pipeline.analysis import (
     contents,
+    cost_accuracy,
     examples,
     execution_rates,
     learning_curves,
@@ -24,20 +26,23 @@ from pipeline.run_directory import RunDirectory
 _MATTERS_NOT = ("data.path", "data.reader", "data.workers", "data.eval_batch_size", "experiment")
 
 
-def write(directory: RunDirectory) -> Path:
+def write(directory: RunDirectory, beside: Sequence[RunDirectory] = ()) -> Path:
     """Write the page of a run, finished or not, into its directory.
 
     The same run directory gives the same bytes. What cannot be shown is named on the page.
+    `beside` are runs whose cost-accuracy curves are drawn beside this one's (RC Fig. 7).
 
     Raises:
         ConfigError: this is not a run directory.
-        ValueError: the configuration names a model that does not exist here.
+        ValueError: the configuration names a model that does not exist here, or a run beside it
+            has no such curve.
     """
-    write_atomically(directory.report, render(contents.read(directory)).encode())
+    page = render(contents.read(directory), [contents.read(other) for other in beside])
+    write_atomically(directory.report, page.encode())
     return directory.report
 
 
-def render(run: Run) -> str:
+def render(run: Run, beside: Sequence[Run] = ()) -> str:
     """The page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,6 +60,8 @@ def render(run: Run) -> str:
         config=run.config,
         quote=quoted(run.config),
         curves=learning_curves.draw(run),
+        costs=cost_accuracy.draw([run, *beside]),
+        cost_tables=[(one.name, cost_accuracy.points(one)) for one in [run, *beside]],
         rates=execution_rates.draw(run),
         rate_table=execution_rates.table(run),
         most_steps=max((cell.steps for cell in run.cost.cells.values()), default=0),

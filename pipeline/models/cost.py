@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.network import Network
@@ -20,12 +21,18 @@ from pipeline.models.stage import RecursiveCell
 
 @dataclass(frozen=True)
 class CellCost:
-    """Multiply-adds of one recursive cell per step taken, and of its router per step asked."""
+    """Multiply-adds of one recursive cell in each step, and of its router per step asked.
 
-    per_step: int
+    They differ between steps where the resolution does; a step that is not taken costs nothing.
+    """
+
+    per_step: tuple[int, ...]
     router: int
-    steps: int
     target: float | None
+
+    @property
+    def steps(self) -> int:
+        return len(self.per_step)
 
     def executed(self, rates: Sequence[float]) -> float:
         """At the given rate of executed samples for each step.
@@ -34,7 +41,8 @@ class CellCost:
         step before.
         """
         asked = (1.0, *rates[:-1])
-        return math.fsum(self.per_step * rate for rate in rates) + self.router * math.fsum(asked)
+        cell = math.fsum(cost * rate for cost, rate in zip(self.per_step, rates, strict=True))
+        return cell + self.router * math.fsum(asked)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Cost:
     @property
     def nominal(self) -> int:
         """All steps, without routers."""
-        return self.fixed + sum(cell.per_step * cell.steps for cell in self.cells.values())
+        return self.fixed + sum(sum(cell.per_step) for cell in self.cells.values())
 
     @property
     def maximal(self) -> int:
@@ -86,10 +94,14 @@ class Cost:
         )
 
 
-def measure(model: Network, image_size: int | None = None) -> Cost:
+def measure(model: Network, image_size: int | None = None, steps: int | None = None) -> Cost:
     """Count on shapes alone: nothing is computed, and the model is left as it is.
 
-    `image_size` is the side in pixels; None takes the one the network is meant for.
+    `image_size` is the side in pixels; None takes the one the network is meant for. `steps` is the
+    number asked of a cost-adjustable network; None takes the largest.
+
+    Raises:
+        ValueError: a number of steps that the network was not built for.
     """
     size = image_size or model.image_size
     shadow = copy.deepcopy(model).to("meta").eval()
@@ -102,7 +114,8 @@ def measure(model: Network, image_size: int | None = None) -> Cost:
         # The loop itself in training mode: it then takes every step, whatever the gates say.
         cell.training = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, model.channels, size, size, device="meta"))
+        calls = {name: _count_calls(module.cell, counter) for name, module in recursive.items()}
+        shadow(torch.empty(1, model.channels, size, size, device="meta"), steps)
     root = type(shadow).__name__
     # Two floating-point operations are one multiply-add.
     counted = {
@@ -111,16 +124,48 @@ def measure(model: Network, image_size: int | None = None) -> Cost:
     }
     cells = {
         name: CellCost(
-            per_step=counted[f"{root}.{name}.cell"] // cell.steps,
+            per_step=(
+                *(count - _always(counted, f"{root}.{name}", cell) for count in calls[name]),
+                *[0] * (cell.steps - len(calls[name])),
+            ),
             router=counted.get(f"{root}.{name}.router", 0) // cell.steps,
-            steps=cell.steps,
             target=cell.router.target,
         )
         for name, cell in recursive.items()
     }
-    looped = sum(cell.steps * (cell.per_step + cell.router) for cell in cells.values())
+    looped = sum(sum(cell.per_step) + cell.steps * cell.router for cell in cells.values())
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         fixed=counted["Global"] - looped,
         cells=cells,
     )
+
+
+def measure_choices(model: Network, image_size: int | None = None) -> dict[int | None, Cost]:
+    """The cost of each number of steps that the network can be asked for, ascending.
+
+    A network without choice has one cost, under None.
+    """
+    choices: Sequence[int | None] = model.step_choices or (None,)
+    return {steps: measure(model, image_size, steps) for steps in choices}
+
+
+def _count_calls(cell: nn.Module, counter: FlopCounterMode) -> list[int]:
+    """A list that will hold the multiply-adds of each call of the cell, in order."""
+    calls: list[int] = []
+    before = [0]
+
+    def enter(*_: object) -> None:
+        before[0] = counter.get_total_flops()
+
+    def leave(*_: object) -> None:
+        calls.append((counter.get_total_flops() - before[0]) // 2)
+
+    cell.register_forward_pre_hook(enter)
+    cell.register_forward_hook(leave)
+    return calls
+
+
+def _always(counted: Mapping[str, int], name: str, cell: RecursiveCell) -> int:
+    """What skipped samples compute too: the projection beside a residual branch."""
+    return counted.get(f"{name}.cell.projection", 0) if cell.weighs == "branch" else 0

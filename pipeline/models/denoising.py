@@ -54,8 +54,9 @@ class Denoiser(Network):
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.last.weight)  # training begins at the noisy image itself
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """Noisy images (N, 1, H, W) in 0..1, of any size -> restored images of that size."""
+        self.steps_taken(steps)  # refuses every number
         features = F.relu(self.first(images), inplace=True)
         # An image of one channel does not say which layout it has, and convolutions that are not
         # told take the slower one: several times as long in bf16 on CPUs.

@@ -32,14 +32,41 @@ class Network(nn.Module):
     """A network of recursive cells.
 
     `image_size` is the side, in pixels, it is meant for; `channels` is how many its images have.
+    `step_choices`, ascending, are the numbers of steps that a cost-adjustable network can be asked
+    for (RC Sec. 4); empty where there is no choice.
     """
 
     image_size: int
     channels: int = 3
+    step_choices: tuple[int, ...] = ()
 
-    def forward(self, images: Tensor) -> Output:
-        """images (N, channels, H, W)."""
+    def forward(self, images: Tensor, steps: int | None = None) -> Output:
+        """images (N, channels, H, W); None takes the largest number of steps.
+
+        Raises:
+            ValueError: a number of steps that is not one of `step_choices`.
+        """
         raise NotImplementedError
+
+    def steps_taken(self, steps: int | None) -> int | None:
+        """What a network asked for `steps` takes: the largest choice for None, None without choice.
+
+        Raises:
+            ValueError: a number of steps that is not one of `step_choices`.
+        """
+        if steps is None:
+            return self.step_choices[-1] if self.step_choices else None
+        if not self.step_choices:
+            raise ValueError(
+                f"steps={steps}: this network always takes the same steps: leave the number out, "
+                "or take a cost-adjustable network (rc_r2, rc_r4)"
+            )
+        if steps not in self.step_choices:
+            raise ValueError(
+                f"steps={steps}: this network was built for "
+                f"{', '.join(map(str, self.step_choices))} steps: give one of them"
+            )
+        return steps
 
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by the type of the module that holds it.
@@ -54,6 +81,16 @@ class Network(nn.Module):
             if role is not None:
                 roles |= {name: role for name, _ in module.named_parameters(prefix)}
         return roles
+
+
+def check_common_options(num_classes: int, sync_norm: bool) -> None:
+    """Raises ValueError where an option that every network has makes no sense."""
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(
+            f"num_classes={num_classes!r} is not a positive integer: count the classes"
+        )
+    if not isinstance(sync_norm, bool):
+        raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
 
 
 def _role(module: nn.Module) -> Role | None:

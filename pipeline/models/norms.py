@@ -5,11 +5,13 @@
 | `shared`         | one for all steps                            | the naive baseline       |
 | `per_step`       | one per step                                 | DRNN Sec. 3.2, LVBN      |
 | `gated_per_step` | one per step, executed apart from skipped    | DRNN Sec. 3.4, I-LVBN    |
+| per path         | one per (steps of the stage before, step)    | RC Sec. 4.1, Eq. 6       |
 | `none`           | none                                         | RC Tables 2 and 3        |
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from pipeline.models.distributed import several_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.sync = sync
 
     def forward(self, x: Tensor, executed: Tensor | None = None) -> Tensor:
-        sync = self.sync and _several_ranks()
+        sync = self.sync and several_ranks()
         if not self.training or (executed is None and not sync):
             y: Tensor = super().forward(x)
             return y
@@ -117,6 +121,24 @@ class GatedPerStepNorm(NormBank):
         return y
 
 
+class PerPathNorm(NormBank):
+    """One norm per step and path that leads to it: RC Sec. 4.1, Eq. 6 (double independent BN).
+
+    `paths` gives, for each number of steps that the stage before can take, the steps taken here
+    after it. With one number of steps for the whole network these are the rows of Eq. 6 up to the
+    diagonal, which are all that is ever used (Sec. 4.2).
+    """
+
+    def __init__(self, channels: int, *, paths: Mapping[int, int], sync: bool = False) -> None:
+        super().__init__(channels, norms=sum(paths.values()), sync=sync)
+        places = [(before, index) for before, steps in paths.items() for index in range(steps)]
+        self._number = {place: number for number, place in enumerate(places)}
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        y: Tensor = self.norms[self._number[step.upstream_steps, step.index]](x)
+        return y
+
+
 class NoNorm(NormBank):
     """No norm at any step: what the other banks are compared with (RC Tables 2 and 3)."""
 
@@ -127,6 +149,7 @@ class NoNorm(NormBank):
         return x
 
 
+# Those that need to know nothing but the number of steps.
 BANKS: dict[str, type[NoNorm] | type[SharedNorm] | type[PerStepNorm] | type[GatedPerStepNorm]] = {
     "shared": SharedNorm,
     "per_step": PerStepNorm,
@@ -237,7 +260,3 @@ def _pool_ranks(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tenso
 def _per_sample(values: Tensor, group: Tensor) -> Tensor:
     """(groups, C), (N,) -> (N, C, 1, 1)."""
     return values[group][:, :, None, None]
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,75 +1,78 @@
-"""ResNets for CIFAR: static, recursive and dynamic recursive (DRNN Sec. 4.1, Table 1).
+"""ResNets for CIFAR and ImageNet: static, recursive and dynamic recursive (DRNN Tables 1 to 3),
+and the baselines of those tables, stochastic depth and adaptive inference graphs (AIG).
 
-A layout gives the steps of every cell, stage by stage. The first stage is never recursive, nor is
-the first cell of the others, which halves the resolution.
+A layout gives the steps of every cell, stage by stage. On CIFAR the first stage is never recursive;
+the first cell of a stage, which changes the shape, is recursive nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.cells import BasicCell
+from pipeline.models import options
+from pipeline.models.cells import BasicCell, Bottleneck, ResidualCell, StrideOn
 from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS, BatchNorm
-from pipeline.models.routers import FixedRouter, Gate, Router
+from pipeline.models.options import PREFIXES, Kind, Options
+from pipeline.models.routers import FixedRouter, Gate, RandomDrop, Router
+from pipeline.models.routers.gate import HIDDEN
+from pipeline.models.routers.random_drop import linear_decay
 from pipeline.models.stage import CellRoute, RecursiveCell, Stage
 
-Kind = Literal["static", "recursive", "dynamic"]
 Layout = tuple[tuple[int, ...], ...]
 
-CHANNELS = (16, 32, 64)
-DEFAULT_NORM: dict[Kind, str] = {
-    "static": "per_step",
-    "recursive": "per_step",
-    "dynamic": "gated_per_step",
-}
-DEFAULT_TARGET = 0.7
+
+@dataclass(frozen=True)
+class Form:
+    """What the ResNets for images of one size have in common."""
+
+    image_size: int
+    large_stem: bool
+    stem_channels: int
+    widths: tuple[int, ...]  # output channels of each stage
+    cell: Callable[..., ResidualCell]
+
+
+CIFAR = Form(32, large_stem=False, stem_channels=16, widths=(16, 32, 64), cell=BasicCell)
+IMAGENET = Form(
+    224, large_stem=True, stem_channels=64, widths=(256, 512, 1024, 2048), cell=Bottleneck
+)
 
 
 class ResNet(Network):
-    """A 3x3 stem, three stages of basic cells, global average pooling and a linear classifier."""
+    """A stem, stages of residual cells, global average pooling and a linear classifier.
 
-    image_size = 32
+    The stem is a 3x3 convolution, or for large images a 7x7 one and a maximum, each of stride 2.
+    """
 
-    def __init__(
-        self, layout: Layout, *, num_classes: int, norm: str, target: float | None, sync_norm: bool
-    ) -> None:
-        """`target` None builds recursion without gates."""
+    def __init__(self, layout: Layout, form: Form, chosen: Options) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, CHANNELS[0], 3, padding=1, bias=False)
-        self.norm = BatchNorm(CHANNELS[0], sync=sync_norm)
-        self.stages = nn.ModuleList()
-        channels = CHANNELS[0]
-        for s, (width, stage) in enumerate(zip(CHANNELS, layout, strict=True)):
-            cells = []
-            for c, steps in enumerate(stage):
-                # The bank of a cell used once has one norm, whatever the recursive ones have.
-                bank = BANKS[norm if steps > 1 else "per_step"]
-                cell = BasicCell(
-                    channels,
-                    width,
-                    stride=2 if s > 0 and c == 0 else 1,
-                    norm=partial(bank, steps=steps, sync=sync_norm),
-                )
-                router: Router = FixedRouter()
-                if steps > 1 and target is not None:
-                    router = Gate(width, target=target)
-                cells.append(RecursiveCell(f"stages.{s}.{c}", cell, steps=steps, router=router))
-                channels = width
-            self.stages.append(Stage(cells))
-        self.classifier = nn.Linear(channels, num_classes)
+        self.image_size = form.image_size
+        self.large_stem = form.large_stem
+        channels = form.stem_channels
+        if self.large_stem:
+            self.stem = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        else:
+            self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = BatchNorm(channels, sync=chosen.sync_norm)
+        self.stages = nn.ModuleList(Stage(cells) for cells in _cells(layout, form, chosen))
+        self.classifier = nn.Linear(form.widths[-1], chosen.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> Output:
-        """images (N, 3, H, W), of any size."""
-        x = F.relu(self.norm(self.stem(images)))
+    def forward(self, images: Tensor, steps: int | None = None) -> Output:
+        """images (N, 3, H, W), of any size that the strides leave a pixel of."""
+        self.steps_taken(steps)  # refuses every number
+        x = F.relu(self.norm(self.stem(images)), inplace=True)
+        if self.large_stem:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         routes: tuple[CellRoute, ...] = ()
         for stage in self.stages:
             x, stage_routes = stage(x)
@@ -77,7 +80,49 @@ class ResNet(Network):
         return Output(self.classifier(x.mean((2, 3))), routes)
 
 
-def _resnet(
+def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[RecursiveCell]]:
+    """The cells of each stage."""
+    channels = form.stem_channels
+    count, total = 0, sum(len(stage) for stage in layout)
+    for s, (width, stage) in enumerate(zip(form.widths, layout, strict=True)):
+        cells = []
+        for c, steps in enumerate(stage):
+            count += 1
+            # The bank of a cell used once has one norm, whatever the recursive ones have.
+            bank = BANKS[chosen.norm if steps > 1 else "per_step"]
+            cell = form.cell(
+                channels,
+                width,
+                stride=2 if s > 0 and c == 0 else 1,
+                norm=partial(bank, steps=steps, sync=chosen.sync_norm),
+            )
+            router = _router(chosen, channels, steps, linear_decay(count, total))
+            branch = chosen.kind in ("stochastic_depth", "adaptive")
+            cells.append(
+                RecursiveCell(
+                    f"stages.{s}.{c}",
+                    cell,
+                    steps=steps,
+                    router=router,
+                    weighs="branch" if branch else "cell",
+                )
+            )
+            channels = width
+        yield cells
+
+
+def _router(chosen: Options, channels: int, steps: int, survival: float) -> Router:
+    """The router of one cell: that of a cell with one step decides only where all have one."""
+    if chosen.kind == "stochastic_depth":
+        return RandomDrop(survival=survival)
+    if chosen.target is not None and chosen.kind == "adaptive":
+        return Gate(channels, target=chosen.target, norm=BatchNorm(HIDDEN, sync=chosen.sync_norm))
+    if chosen.target is not None and steps > 1:
+        return Gate(channels, target=chosen.target)
+    return FixedRouter()
+
+
+def _on_cifar(
     name: str,
     layout: Layout,
     kind: Kind,
@@ -87,48 +132,64 @@ def _resnet(
     target_rate: float | None = None,
     sync_norm: bool = False,
 ) -> ResNet:
-    """Refuse what makes no sense for this kind of network, fill in its defaults, build it."""
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(
-            f"num_classes={num_classes!r} is not a positive integer: count the classes"
-        )
-    if not isinstance(sync_norm, bool):
-        raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
-    if norm is not None and norm not in list(BANKS):
-        raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(BANKS)}")
-    if norm is not None and kind == "static":
-        raise ValueError(
-            f"norm={norm!r} with {name}: it uses every cell once, so there are no steps to choose "
-            "norms for; leave norm out, or take a recursive network (r_*, dr_*)"
-        )
-    if target_rate is not None and kind != "dynamic":
-        raise ValueError(
-            f"target_rate={target_rate} with {name}: it has no gates, so everything is executed; "
-            "leave target_rate out, or take a network with gates (dr_*)"
-        )
-    if kind == "dynamic" and target_rate is None:
-        target_rate = DEFAULT_TARGET
-    return ResNet(
-        layout,
+    chosen = options.check(
+        name,
+        kind,
         num_classes=num_classes,
-        norm=norm or DEFAULT_NORM[kind],
-        target=target_rate,
+        norm=norm,
+        target_rate=target_rate,
+        default_target=0.7,  # Sec. 4.1
         sync_norm=sync_norm,
     )
+    return ResNet(layout, CIFAR, chosen)
 
 
-def _static(cells: int) -> Layout:
-    return ((1,) * cells,) * 3
+def _on_imagenet(
+    name: str,
+    layout: Layout,
+    kind: Kind,
+    default_target: float,
+    *,
+    num_classes: int = 1000,
+    norm: str | None = None,
+    target_rate: float | None = None,
+    sync_norm: bool = False,
+    stride_on: StrideOn = "1x1",
+) -> ResNet:
+    if stride_on not in get_args(StrideOn):
+        raise ValueError(
+            f"stride_on={stride_on!r} is unknown: choose one of {', '.join(get_args(StrideOn))}"
+        )
+    chosen = options.check(
+        name,
+        kind,
+        num_classes=num_classes,
+        norm=norm,
+        target_rate=target_rate,
+        default_target=default_target,
+        sync_norm=sync_norm,
+    )
+    form = replace(IMAGENET, cell=partial(Bottleneck, stride_on=stride_on))
+    return ResNet(layout, form, chosen)
+
+
+def _static(*cells: int) -> Layout:
+    return tuple((1,) * stage for stage in cells)
 
 
 def _recursive(first: int, cells: int, steps: int) -> Layout:
-    """`first` cells in the first stage; `cells` recursive ones in each of the others."""
+    """CIFAR: `first` cells in the first stage; `cells` recursive ones in each of the others."""
     later = (1, *(steps,) * cells)
     return ((1,) * first, later, later)
 
 
-STATIC = {"resnet20": _static(3), "resnet56": _static(9), "resnet110": _static(18)}
-RECURSIVE = {
+def _deep_third(cells: int, steps: int) -> Layout:
+    """ImageNet: `cells` recursive ones in the third stage; one in the fourth, of two steps."""
+    return (*_static(3, 4), (1, *(steps,) * cells), (1, 2))
+
+
+CIFAR_STATIC = {f"resnet{6 * n + 2}": _static(n, n, n) for n in (3, 9, 18)}
+CIFAR_RECURSIVE = {
     "resnet16": _recursive(3, 1, steps=2),
     "resnet32": _recursive(9, 2, steps=4),
     "resnet40": _recursive(9, 4, steps=2),
@@ -138,15 +199,24 @@ RECURSIVE = {
     "resnet66": _recursive(18, 6, steps=3),
     "resnet74": _recursive(18, 8, steps=2),
 }
-
-_BY_KIND: tuple[tuple[str, Kind, dict[str, Layout]], ...] = (
-    ("", "static", STATIC),
-    ("r_", "recursive", RECURSIVE),
-    ("dr_", "dynamic", RECURSIVE),
-)
-
-MODELS: dict[str, Callable[..., Network]] = {
-    prefix + name: partial(_resnet, prefix + name, layout, kind)
-    for prefix, kind, layouts in _BY_KIND
-    for name, layout in layouts.items()
+IMAGENET_STATIC = {"resnet50": _static(3, 4, 6, 3), "resnet101": _static(3, 4, 23, 3)}
+IMAGENET_RECURSIVE = {
+    "resnet35": ((1, 1, 1), (1, 1, 2), (1, 2, 2), (1, 2)),
+    "resnet44": _deep_third(4, steps=5),
+    "resnet47": _deep_third(5, steps=4),
+    "resnet53": _deep_third(7, steps=3),
+    "resnet65": _deep_third(11, steps=2),
 }
+# Sec. 4.2. DRNN names none for AIG: these are Veit and Belongie's (2018, Table 1).
+IMAGENET_TARGETS = {"dr_resnet35": 0.8, "aig_resnet50": 0.7, "aig_resnet101": 0.5}
+
+MODELS: dict[str, Callable[..., Network]] = {}
+for _kind, _prefix in PREFIXES.items():
+    _repeats = _kind in options.RECURSIVE
+    for _name, _layout in (CIFAR_RECURSIVE if _repeats else CIFAR_STATIC).items():
+        _name = _prefix + _name
+        MODELS[_name] = partial(_on_cifar, _name, _layout, _kind)
+    for _name, _layout in (IMAGENET_RECURSIVE if _repeats else IMAGENET_STATIC).items():
+        _name = _prefix + _name
+        _target = IMAGENET_TARGETS.get(_name, 0.7)
+        MODELS[_name] = partial(_on_imagenet, _name, _layout, _kind, _target)

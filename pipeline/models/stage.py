@@ -8,15 +8,18 @@ which steps have the same weights:
 
 | network                        | cell            | steps | norm bank      | router     | sharing |
 |--------------------------------|-----------------|-------|----------------|------------|---------|
-| static ResNet                  | any             | 1     | per step       | fixed      | none    |
-| DRNN, naive recursive          | basic           | N     | shared         | fixed      | raw     |
-| DRNN, LVBN                     | basic           | N     | per step       | fixed      | raw     |
-| DRNN, dynamic recursive        | basic           | N     | gated per step | gate       | raw     |
-| recurrent convolution          | pre-activation  | N     | per path       | sampled    | raw     |
+| static ResNet, MobileNetV2     | any             | 1     | per step       | fixed      | none    |
+| stochastic depth               | residual        | 1     | per step       | drop       | none    |
+| adaptive inference graph (AIG) | residual        | 1     | per step       | gate       | none    |
+| DRNN, naive recursive          | any             | N     | shared         | fixed      | raw     |
+| DRNN, LVBN                     | any             | N     | per step       | fixed      | raw     |
+| DRNN, dynamic recursive        | any             | N     | gated per step | gate       | raw     |
+| recurrent convolution          | pre-activation  | N     | per path       | fixed      | raw     |
 | relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
 | ReSet                          | residual branch | N     | per step       | controller | pool    |
 
-(The lower three rows say where those papers fit; the upper four are built.)
+(The lower two rows say where those papers fit; the upper seven are built. For recurrent convolution
+the number of steps is drawn by the trainer, one for the whole network, and is an argument here.)
 
 `RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
 steps. `Stage` is a run of them at one resolution; without sharing, it is a run of cells that are
@@ -26,11 +29,13 @@ used once, so a static network is this same code.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.cells import ResidualCell
 from pipeline.models.norms import GatedPerStepNorm, Step
 from pipeline.models.routers import Router
 
@@ -54,13 +59,28 @@ class RecursiveCell(nn.Module):
     """One cell, unrolled: x^{i+1} = G F(x^i) + (1 - G) x^i for i = 0 .. steps-1 (DRNN Eq. 7).
 
     F is the whole cell, its shortcut and last activation included. A sample that the router sends
-    out of the loop stays out: G at step i is the product of the router's answers up to i.
+    out of the loop stays out: G at step i is the product of the router's answers up to i. With
+    `pool_midway`, 2x2 average pooling follows step ceil(n/2) of the n steps taken (RC Sec. 5).
+
+    With weighs="branch", G is the weight of the residual branch instead, so that a cell that
+    changes the shape can be skipped too: relu(shortcut(x) + G residual(x)).
 
     Raises:
-        ValueError: a norm bank that separates skipped samples, with a router that skips none.
+        ValueError: a norm bank that separates skipped samples, with a router that skips none; a
+            pooling in the middle, with a router that lets every sample take its own steps; a branch
+            to weigh in a cell that has no branches, or at several steps.
     """
 
-    def __init__(self, name: str, cell: nn.Module, *, steps: int, router: Router) -> None:
+    def __init__(
+        self,
+        name: str,
+        cell: nn.Module,
+        *,
+        steps: int,
+        router: Router,
+        pool_midway: bool = False,
+        weighs: Literal["cell", "branch"] = "cell",
+    ) -> None:
         super().__init__()
         gated_norm = any(isinstance(module, GatedPerStepNorm) for module in cell.modules())
         if gated_norm and not router.decides:
@@ -68,44 +88,73 @@ class RecursiveCell(nn.Module):
                 "norm='gated_per_step' needs a router that skips samples, and the fixed router "
                 "skips none: use norm='per_step', or a network with gates (dr_*)"
             )
+        if pool_midway and router.decides:
+            raise ValueError(
+                "pool_midway with a router that decides: every sample then takes its own number of "
+                "steps, and they have no common middle: use the fixed router"
+            )
+        if weighs == "branch" and not (isinstance(cell, ResidualCell) and steps == 1):
+            raise ValueError(
+                f"weighs='branch' with {steps} steps of {type(cell).__name__}: a branch is weighed "
+                "once, in a residual cell; use weighs='cell'"
+            )
         self.name = name
         self.cell = cell
         self.steps = steps
         self.router = router
+        self.pool_midway = pool_midway
+        self.weighs = weighs
 
     @property
     def is_static(self) -> bool:
         """Used exactly once by every sample: an ordinary cell, about which there is no route."""
         return self.steps == 1 and not self.router.decides
 
-    def forward(self, x: Tensor) -> tuple[Tensor, CellRoute | None]:
-        """(N, C, H, W) -> output of the last step, and who executed what."""
-        if self.router.decides and not self.training:
-            x, weights = self.skipping(x)
+    def forward(
+        self, x: Tensor, most: int | None = None, upstream_steps: int = 1
+    ) -> tuple[Tensor, CellRoute | None]:
+        """(N, C, H, W) -> output of the last step, and who executed what.
+
+        `most` steps are taken where the cell has more; `upstream_steps` is what the norms are told
+        of the stage before.
+        """
+        if self.training or not self.router.decides:
+            x, weights = self.masked(x, most, upstream_steps)
+        elif self.weighs == "branch":
+            x, weights = self.skipping_branch(x)
         else:
-            x, weights = self.masked(x)
+            x, weights = self.skipping(x)
         if self.is_static:
             return x, None
         return x, CellRoute(self.name, weights, weights.detach() > 0, self.router.target)
 
-    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def masked(
+        self, x: Tensor, most: int | None = None, upstream_steps: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Compute every sample at every step, then mask: (N, C, H, W) -> output, G (N, steps).
 
         The gradient of G needs F(x) of the skipped samples too (Sec. 3.4), and all ranks of a
-        distributed run must use the same parameters.
+        distributed run must use the same parameters. Steps beyond `most` are executed by nobody.
         """
+        taken = self.steps if most is None else min(most, self.steps)
         inside = torch.ones(len(x), device=x.device)
         weights = []
-        for index in range(self.steps):
+        for index in range(taken):
             gate = self.router(x)
             if gate is None:
-                x = self.cell(x, Step(index))  # Eq. 1
+                x = self.cell(x, Step(index, upstream_steps))  # Eq. 1
             else:
                 inside = inside * gate
-                update = self.cell(x, Step(index, executed=inside.detach() > 0))
-                weight = inside.to(x.dtype)[:, None, None, None]
-                x = torch.lerp(x, update, weight)  # Eq. 7; lerp is exact at 0 and 1
+                step = Step(index, upstream_steps, inside.detach() > 0)
+                weight = inside[:, None, None, None]
+                if self.weighs == "branch":
+                    x = self.cell(x, step, weight)
+                else:  # Eq. 7; lerp is exact at 0 and 1
+                    x = torch.lerp(x, self.cell(x, step), weight.to(x.dtype))
             weights.append(inside)
+            if self.pool_midway and index + 1 == (taken + 1) // 2:
+                x = F.avg_pool2d(x, 2)
+        weights += [torch.zeros_like(inside)] * (self.steps - taken)
         return x, torch.stack(weights, 1)
 
     def skipping(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +174,21 @@ class RecursiveCell(nn.Module):
                 x = x.index_copy(0, inside, self.cell(current[stays], Step(index)))
         return x, weights
 
+    def skipping_branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `masked` with weighs="branch"; the branch of a skipped sample is not computed."""
+        assert isinstance(self.cell, ResidualCell)
+        executed = self.router(x) > 0
+        weights = executed.float()[:, None]
+        inside = executed.nonzero()[:, 0]
+        if len(inside) == len(x):
+            return self.cell(x, Step(0)), weights
+        y = self.cell.shortcut(x)
+        if len(inside):
+            y = y.index_add(0, inside, self.cell.residual(x[inside], Step(0)))
+        else:
+            y = y.clone()  # the activation writes in place, and this may still be x
+        return self.cell.activation(y), weights
+
 
 class Stage(nn.ModuleList):
     """Recursive cells in sequence, at one resolution after the first."""
@@ -132,11 +196,13 @@ class Stage(nn.ModuleList):
     def __init__(self, cells: Iterable[RecursiveCell]) -> None:
         super().__init__(cells)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[CellRoute, ...]]:
+    def forward(
+        self, x: Tensor, most: int | None = None, upstream_steps: int = 1
+    ) -> tuple[Tensor, tuple[CellRoute, ...]]:
         """(N, C, H, W) -> output and the routes of the cells that have one, in order."""
         routes = []
         for cell in self:
-            x, route = cell(x)
+            x, route = cell(x, most, upstream_steps)
             if route is not None:
                 routes.append(route)
         return x, tuple(routes)

@@ -35,6 +35,7 @@ class Summary:
     multiply_adds: float  # per sample of the training's size, as executed
     nominal_multiply_adds: int
     images_per_second: float  # all ranks, reading included
+    step_choice: int | None = None  # number of steps asked of a cost-adjustable network
 
     @property
     def results(self) -> dict[str, float]:
@@ -61,6 +62,8 @@ class Summary:
         }
         for cell, rates in self.rates.items():
             values |= {f"eval_rate/{cell}/{i + 1}": rate for i, rate in enumerate(rates)}
+        if self.step_choice is not None:
+            values |= {f"eval_steps/{self.step_choice}/{k}": v for k, v in self.results.items()}
         return values
 
 

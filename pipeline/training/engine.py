@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.models import Network, Output
 from pipeline.training import optim
+from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +48,7 @@ class Engine:
         self.world = world
         self._inner = optim.build(self.model, config.optimizer)
         self._names = _names_by_group(self.model, self._inner)
+        self._idle = IdleParameters(model) if model.step_choices else None
         self._factor = factor
         self._base_rates = [group["lr"] for group in self._inner.param_groups]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -64,16 +67,17 @@ class Engine:
         self._to_step(0)
         self.applied_rates = self.learning_rates()  # those of the last update, for the record
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """Training forward pass of this rank's micro-batch, in the configured precision."""
-        return self._engine(images)  # type: ignore[no-any-return]
+        return self._engine(images, steps)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
     def step(self) -> None:
         """After each micro-batch; updates the weights when the last of an update is in."""
-        self._engine.step()
+        with self._idle_kept():
+            self._engine.step()
         if self.updated:
             self.applied_rates = self.learning_rates()
             if self._scale:
@@ -86,6 +90,29 @@ class Engine:
         self._steps = step
         for group, base in zip(self._inner.param_groups, self._base_rates, strict=True):
             group["lr"] = base * self._factor(step)
+
+    @contextmanager
+    def _idle_kept(self) -> Iterator[None]:
+        """Within, an update leaves the parameters that no gradient reached alone."""
+        closes = self._engine.is_gradient_accumulation_boundary()
+        idle = self._idle.take() if self._idle and closes else {}
+        with kept(idle, [*self._places(idle)], self._inner.state) if idle else nullcontext():
+            yield
+
+    def _places(self, names: Collection[str]) -> Iterator[Place]:
+        """Where the inner optimizer has these parameters on this rank."""
+        for flat, layout in self._partitions():
+            start = flat.numel() * self.world.rank if self._zero else 0
+            for name, shape, offset in layout:
+                first = max(offset - start, 0)
+                last = min(offset + shape.numel() - start, flat.numel())
+                if name in names and first < last:
+                    yield flat, slice(first, last) if self._zero else ...
+
+    @property
+    def micro_batch(self) -> int:
+        """Number of the coming micro-batch in its optimizer step, from 0."""
+        return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps())
 
     @property
     def updated(self) -> bool:
@@ -142,11 +169,11 @@ class Engine:
         moments: dict[str, dict[str, Any]] = {}
         for group, (flat, layout) in enumerate(self._partitions()):
             for kind, value in sorted(self._inner.state[flat].items()):
-                whole = self._gather(value, group) if _is_moment(value) else value
+                whole = self._gather(value, group) if is_moment(value) else value
                 for name, shape, offset in layout:
                     moments.setdefault(kind, {})[name] = (
                         whole[offset : offset + shape.numel()].view(shape)
-                        if _is_moment(value)
+                        if is_moment(value)
                         else whole
                     )
         return moments
@@ -163,7 +190,7 @@ class Engine:
             state = self._inner.state[flat]
             for kind, values in moments.items():
                 example = values[layout[0][0]]
-                if not _is_moment(example):
+                if not is_moment(example):
                     state[kind] = example.clone()
                     continue
                 end = max(offset + shape.numel() for _, shape, offset in layout)
@@ -251,11 +278,6 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value, self._good_steps = state["scale"], state["_growth_tracker"]
-
-
-def _is_moment(value: Any) -> bool:
-    """Whether an optimizer's state value has an element for each of the parameter's."""
-    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _like(values: Tensor, parameter: Tensor) -> Tensor:

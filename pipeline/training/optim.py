@@ -7,8 +7,10 @@ from typing import Any, get_args
 
 import torch
 
-from pipeline.config import ConfigError, Optimizer, Role
+from pipeline.config import Config, ConfigError, Optimizer, Role
 from pipeline.models import Network
+
+WARMUP_EPOCHS = 5.0  # of a batch larger than the rate is for: Goyal et al. (2017), Sec. 2.2
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,23 @@ class Group:
     parameters: int
     lr: float
     weight_decay: float
+
+
+def scaled(config: Config) -> Config:
+    """The configuration with its learning rate for its own global batch.
+
+    Linear scaling: lr x batch_size / lr_batch, and for a larger batch a warm-up of five epochs,
+    unless the schedule has one (Goyal et al., Accurate, large minibatch SGD, 2017, Sec. 2).
+    """
+    optimizer, schedule, batch = config.optimizer, config.schedule, config.train.batch_size
+    if optimizer.lr_batch is None:
+        return config
+    warms_up = schedule.warmup_epochs > 0 or schedule.name == "one_cycle"
+    if batch > optimizer.lr_batch and not warms_up:
+        schedule = schedule.model_copy(update={"warmup_epochs": WARMUP_EPOCHS})
+    lr = optimizer.lr * batch / optimizer.lr_batch
+    optimizer = optimizer.model_copy(update={"lr": lr, "lr_batch": batch})
+    return config.model_copy(update={"optimizer": optimizer, "schedule": schedule})
 
 
 def groups(model: Network, config: Optimizer) -> list[Group]:

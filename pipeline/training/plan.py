@@ -11,19 +11,27 @@ from pipeline.config import Config, ConfigError
 from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
-from pipeline.models.cost import Cost, measure
-from pipeline.training import optim
+from pipeline.models.cost import Cost, measure_choices
+from pipeline.training import optim, steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The data, the cost, the parameter groups and the length of a run."""
+    """The data, the cost for each number of steps, the parameter groups and the length of a run.
 
-    config: Config
+    `costs` has one entry, under None, where the network has no choice of steps.
+    """
+
+    config: Config  # its learning rate is for its own batch
     manifest: Manifest
-    cost: Cost
+    costs: dict[int | None, Cost]
     groups: list[optim.Group]
     steps_per_epoch: int  # optimizer steps
+
+    @property
+    def cost(self) -> Cost:
+        """At the largest number of steps."""
+        return list(self.costs.values())[-1]
 
 
 def plan(config: Config, world_size: int) -> Plan:
@@ -31,16 +39,19 @@ def plan(config: Config, world_size: int) -> Plan:
 
     Raises:
         ValueError: the model or its options, the shard set, the task of either, the parameter
-            groups, or a batch that the ranks cannot divide.
+            groups, the numbers of steps, or a batch that the ranks cannot divide.
     """
+    config = optim.scaled(config)
     manifest = Manifest.load(config.data.path)
     check_task(config, manifest)
-    model = build_model(config, len(manifest.classes))
+    with torch.device("meta"):  # shapes alone: no weights are drawn
+        model = build_model(config, len(manifest.classes))
+    steps.check(model, config.steps)
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(
         config=config,
         manifest=manifest,
-        cost=measure(model, config.data.augment.size),
+        costs=measure_choices(model, config.data.augment.size),
         groups=optim.groups(model, config.optimizer),
         steps_per_epoch=micro // config.train.accumulation,
     )

@@ -24,6 +24,7 @@ from pipeline.training import checkpoint, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
+from pipeline.training.initial import start_from
 from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
 from pipeline.training.restore import evaluated_weights, identity
@@ -63,6 +64,9 @@ def run(
     world.start()
     try:
         planned = plan(config, world.world_size)
+        if config.init_from and not directory.exists:
+            # Refused before a directory belongs to a run that cannot start.
+            start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
         with _owned(directory, config, world):
             on_owned(planned)
             outcome = _run_owned(planned, directory, world, display, stop_requested, stop_after)
@@ -102,7 +106,11 @@ def _build(
     stop_requested: Callable[[], bool],
 ) -> Trainer:
     config = planned.config
+    store = CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last)
+    newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))
+    if newest is None and config.init_from:
+        start_from(config.init_from, model)
     model = model.to(world.device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     seed_everything(config.seed, world)
@@ -130,7 +138,7 @@ def _build(
             repeats=config.data.repeats,
             noise=Noise.of(config),
         ),
-        store=CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last),
+        store=store,
         evaluate=_Evaluation(planned, directory, world, model, average, display),
         sink=tracker,
         shared={"tracker": tracker},
@@ -139,7 +147,7 @@ def _build(
         stop_requested=stop_requested,
         on_step=display.stepped,
     )
-    if newest := trainer.store.newest():
+    if newest:
         trainer.restore(newest)
         log.info("resumed from %s", newest.path)
     elif world.is_main:
@@ -148,7 +156,11 @@ def _build(
 
 
 class _Evaluation:
-    """The evaluation after an epoch: of the averaged weights where there are any."""
+    """The evaluation after an epoch: of the averaged weights where there are any.
+
+    A cost-adjustable network is evaluated at each of its numbers of steps; the metrics that have no
+    number of steps in their name are those of the largest.
+    """
 
     def __init__(
         self,
@@ -169,20 +181,27 @@ class _Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         manifest, config = self.planned.manifest, self.planned.config
-        summary, samples = evaluation.evaluate(
-            self.average.network(self.model) if self.average else self.model,
-            self.loader,
-            self.world,
-            self.planned.cost,
-            manifest.evaluation.name,
-            step,
-            DTYPES[config.train.precision],
-            task=tasks.of(config),
-        )
-        if self.world.is_main:
-            evaluation.save(self.directory.evaluation_of(manifest), summary, samples)
-            self.display.evaluated(summary)
-        return summary.metrics()
+        model = self.average.network(self.model) if self.average else self.model
+        metrics: dict[str, float] = {}
+        for steps, cost in self.planned.costs.items():
+            summary, samples = evaluation.evaluate(
+                model,
+                self.loader,
+                self.world,
+                cost,
+                manifest.evaluation.name,
+                step,
+                DTYPES[config.train.precision],
+                task=tasks.of(config),
+                steps=steps,
+            )
+            if self.world.is_main:
+                fewer = None if steps == model.steps_taken(None) else steps
+                folder = self.directory.evaluation_of(manifest, fewer_steps=fewer)
+                evaluation.save(folder, summary, samples)
+                self.display.evaluated(summary)
+            metrics |= summary.metrics()  # the largest number of steps comes last
+        return metrics
 
 
 def open_evaluation(

@@ -20,8 +20,8 @@ from pipeline import tasks
 from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
-from pipeline.models import Network
-from pipeline.training import statistics
+from pipeline.models import Network, Output
+from pipeline.training import statistics, steps
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.training.engine import Engine
@@ -179,8 +179,7 @@ class Trainer:
 
     def _micro_step(self, batch: Batch) -> Verdict:
         """Forward, agree, backward, step."""
-        output = self.engine.forward(batch.images)
-        terms = self.task.loss_terms(output, batch, self.world)
+        output, terms = self._forward(batch)
         loss = torch.stack(list(terms.values())).sum()
         agreed = self._exchange(loss)
         self.engine.backward(loss)
@@ -191,6 +190,18 @@ class Trainer:
         self.progress.count(batch)
         self._window.add(terms, self.task.training_metrics(output, batch), output)
         return verdict
+
+    def _forward(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
+        """The output, at the largest number of steps taken, and the loss terms of all taken."""
+        config, terms = self.config, dict[str, Tensor]()
+        for number, weight in steps.taken(
+            config.steps, config.seed, self.progress.step, self.engine.micro_batch
+        ):
+            output = self.engine.forward(batch.images, number)
+            found = self.task.loss_terms(output, batch, self.world)
+            for name, term in found.items():
+                terms[name] = terms.get(name, 0.0) + weight * term
+        return output, terms
 
     def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
         """Start to ask all ranks what the next step boundary must do.

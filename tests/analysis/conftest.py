@@ -27,8 +27,9 @@ def make_run(
         tracked: bool = True,
         evaluated: bool = True,
         manifest: Manifest = shards,
+        name: str = "first",
     ) -> RunDirectory:
-        directory = RunDirectory(tmp_path_factory.mktemp("runs") / "first")
+        directory = RunDirectory(tmp_path_factory.mktemp("runs") / name)
         values = {"name": "mine", "model": model, "data": {"path": str(manifest.root)}}
         directory.claim(config.build(values | {"train": {"epochs": EPOCHS, "batch_size": 6}}))
         directory.release()

@@ -99,6 +99,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "lost source": (["prep", "folder", "--source", "lost", "--out", "x"], ["lost"]),
     "verify nothing": (["verify", "x"], ["x holds no manifest.json"]),
     "eval nothing": (["eval", "x"], ["x is not a run directory"]),
+    "steps that are no numbers": (["eval", "x", "--steps", "2,x"], ["'2,x'", "such as 2,3,4"]),
     "report nothing": (["report", "x"], ["x is not a run directory"]),
     "pattern": (["models", "vgg*"], ["'vgg*'", "reprise models"]),
 }
@@ -201,6 +202,39 @@ def test_evaluation_of_a_run(reprise, finished: Path, shards: Path, tmp_path: Pa
     assert refused.code == 2
     assert "class_map_sha256" in refused.err
     assert len(refused.err.splitlines()) == 1
+
+
+def test_evaluation_at_several_numbers_of_steps(
+    reprise, recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    adjustable = ["model=rc_r2", "steps.probabilities={2: 0.2, 3: 0.3, 4: 0.5}"]
+    small = ["data.augment.size=8", "data.augment.eval_resize=8"]
+    dry = reprise("train", recipe, *adjustable, *small, "--dry-run")
+    assert "at 3 steps: 21.35 M" in dry.out
+    done = reprise("train", recipe, *adjustable, *small, "--run", "run", "--quiet")
+    assert done.code == 0, done.err
+    answer = reprise("eval", "run", "--steps", "4,2", "--quiet")
+    assert answer.code == 0, answer.err
+    header, _, *rows = answer.out.splitlines()[:4]
+    assert header.split() == ["steps", "top-1", "loss", "multiply-adds", "images/s"]
+    assert [row.split()[0] for row in rows] == ["2", "4"]
+    assert [row.split()[4:6] for row in rows] == [["11.91", "M"], ["23.70", "M"]]
+    default = reprise("eval", "run", "--quiet")
+    assert "23.70 M (100.0 % of nominal)" in default.out
+    for run, steps, message in (
+        ("run", "3,5", "steps=5: this network was built for 2, 3, 4 steps: give one of them"),
+        (finished, "2", "steps=2: this network always takes the same steps"),
+    ):
+        refused = reprise("eval", run, "--steps", steps, "--quiet")
+        assert refused.code == 2
+        assert message in refused.err
+        assert len(refused.err.splitlines()) == 1
+    page = reprise("report", "run")
+    assert page.code == 0
+    assert 'id="costs"' in (tmp_path / "run" / "report.html").read_text()
+    alone = reprise("report", "run", "--beside", finished)
+    assert alone.code == 2
+    assert "has no cost-accuracy curve" in alone.err
 
 
 def test_evaluation_needs_a_checkpoint(reprise, finished: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from undecided import undecided
 
 from pipeline.models import create_model
-from pipeline.models.cells import BasicCell
+from pipeline.models.cells import BasicCell, Bottleneck, InvertedResidual
 from pipeline.models.cost import measure
 from pipeline.models.norms import BANKS, Step
 from pipeline.models.routers import FixedRouter, Gate, Router
@@ -186,3 +186,66 @@ def test_the_multiply_adds_done_in_evaluation_are_those_reported():
 def test_separate_norms_for_skipped_samples_need_a_router_that_skips():
     with pytest.raises(ValueError, match=r"gated_per_step.*fixed router skips none: use"):
         _cell(FixedRouter(), "gated_per_step")
+
+
+def _branch(router, channels=(C, 2 * C), stride=2, seed=0):
+    """A cell that changes the shape, its branch weighed by the router."""
+    torch.manual_seed(seed)
+    cell = Bottleneck(*channels, stride=stride, norm=partial(BANKS["per_step"], steps=1))
+    return RecursiveCell("cell", cell, steps=1, router=router, weighs="branch")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "stride"), [((C, 2 * C), 2), ((C, C), 1)])
+@pytest.mark.parametrize(
+    "answers", [[1, 0, 1, 1, 0, 1.0], [1] * N, [0] * N], ids=["some", "all", "none"]
+)
+def test_a_weighed_branch_leaves_the_shortcut(answers, channels, stride, training):
+    answers = torch.tensor(answers).float()
+    recursive = _branch(Scripted([answers]), channels, stride).train(training)
+    plain = _branch(FixedRouter(), channels, stride).train(training).cell
+    x = torch.randn(N, C, 6, 6)
+    x[:, 0, 0, 0] = torch.arange(N)
+    before = x.clone()
+    y, route = recursive(x)
+    g = answers[:, None, None, None]
+    expected = (plain.shortcut(x) + g * plain.residual(x, Step(0))).relu()
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(x, before), "the input must stay as it is"
+    assert torch.equal(route.weights[:, 0], answers)
+    assert torch.equal(route.executed[:, 0], answers.bool())
+
+
+def test_the_gradient_of_a_weighed_branch():
+    answers = torch.rand(N, requires_grad=True)
+    recursive, plain = _branch(Scripted([answers])), _branch(FixedRouter()).cell
+    x = torch.randn(N, C, 6, 6, requires_grad=True)
+    y, _ = recursive(x)
+    expected = plain.shortcut(x) + answers[:, None, None, None] * plain.residual(x, Step(0))
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, answers, *recursive.parameters()), upstream)
+    wanted = torch.autograd.grad(expected.relu(), (x, answers, *plain.parameters()), upstream)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_skipped_branch_is_not_computed():
+    torch.manual_seed(0)
+    images = torch.randn(12, 3, 32, 32) * torch.linspace(0.2, 3, 12)[:, None, None, None]
+    model = undecided(create_model("aig_resnet50", num_classes=10), images).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        routes = model(images).routes
+    rates = {route.cell: route.executed.float().mean(0).tolist() for route in routes}
+    assert len(rates) == 16
+    assert sum(0 < rate < 1 for cell in rates.values() for rate in cell) > 4
+    done = counter.get_total_flops() / 2 / len(images)
+    assert measure(model, 32).executed(rates) == pytest.approx(done, rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_only_a_branch_used_once_can_be_weighed(steps):
+    norm = partial(BANKS["per_step"], steps=steps)
+    cell = BasicCell(C, C, norm=norm)
+    if steps == 1:
+        cell = InvertedResidual(C, C, expansion=2, norm=norm)
+    with pytest.raises(ValueError, match=rf"weighs='branch' with {steps} steps of .*use"):
+        RecursiveCell("cell", cell, steps=steps, router=FixedRouter(), weighs="branch")

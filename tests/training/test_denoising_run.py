@@ -105,7 +105,7 @@ def test_it_resumes_in_the_middle_of_an_epoch_bit_by_bit(
 def test_two_ranks_train_and_evaluate(tiny_denoiser: Config, tmp_path: Path) -> None:
     wanted = changed(tiny_denoiser, "train.zero_stage=1", "train.epochs=1")
     assert train(wanted, tmp_path / "run", nproc=2) == 0
-    summary, _ = Evaluate(tmp_path / "run", quiet=True)()
+    ((summary, _),) = Evaluate(tmp_path / "run", quiet=True)()
     assert isinstance(summary, denoising.Summary)
     (told,) = history(tmp_path / "run")["eval/psnr"]
     assert told == (4, pytest.approx(summary.psnr, abs=1e-4))
@@ -134,15 +134,15 @@ def test_metrics_of_a_run(finished: Path) -> None:
 def test_evaluation_of_another_split_and_of_another_set(
     finished: Path, bsd_shards: Path, shards: Path, tmp_path: Path
 ) -> None:
-    own, folder = Evaluate(finished, quiet=True)()
+    ((own, folder),) = Evaluate(finished, quiet=True)()
     assert (own.split, own.samples, folder.name) == ("test", 5, "bsd-test")
-    further, folder = Evaluate(finished, split="set12", quiet=True)()
+    ((further, folder),) = Evaluate(finished, split="set12", quiet=True)()
     assert (further.split, further.samples, folder.name) == ("set12", 2, "bsd-set12")
     table = describe.summary(further)
     assert re.search(r"images +2 \(set12\)\nPSNR +\d+\.\d\d dB\nof the noisy images +2\d", table)
     assert "top-1" not in table
     shutil.copytree(bsd_shards, tmp_path / "again")
-    again, folder = Evaluate(finished, data=Path("again"), quiet=True)()
+    ((again, folder),) = Evaluate(finished, data=Path("again"), quiet=True)()
     assert again.metrics()["eval/psnr"] == own.metrics()["eval/psnr"]
     assert folder.name == "again-test"
     with pytest.raises(ConfigError, match=r"is for denoising and .* is a set for classification"):
@@ -152,7 +152,7 @@ def test_evaluation_of_another_split_and_of_another_set(
 
 
 def test_the_page_is_of_denoising(finished: Path) -> None:
-    further, _ = Evaluate(finished, split="set12", quiet=True)()
+    ((further, _),) = Evaluate(finished, split="set12", quiet=True)()
     page = report.write(RunDirectory(finished)).read_text()
     text = " ".join(re.sub(r"<[^>]+>", " ", page.split("<main>")[1]).split())
     (_, last) = history(finished)["eval/psnr"][-1]

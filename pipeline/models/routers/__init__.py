@@ -3,5 +3,6 @@
 from pipeline.models.routers.base import Router
 from pipeline.models.routers.fixed import FixedRouter
 from pipeline.models.routers.gate import Gate
+from pipeline.models.routers.random_drop import RandomDrop
 
-__all__ = ["FixedRouter", "Gate", "Router"]
+__all__ = ["FixedRouter", "Gate", "RandomDrop", "Router"]

@@ -10,7 +10,7 @@ class Router(nn.Module):
 
     The answer is a float32 tensor (N,), 1 for a sample that executes the step and 0 for one that
     skips it, with a gradient where the decision is learned; or None where everybody executes.
-    `decides` says whether it can ever answer otherwise than None. `target` is the rate of executed
+    `decides` says whether samples can have different answers. `target` is the rate of executed
     samples that training aims at (t of DRNN Eq. 12), None where nothing is aimed at.
     """
 

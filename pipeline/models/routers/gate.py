@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.norms import BatchNorm
 from pipeline.models.routers.base import Router
 
 INITIAL_RATE = 0.85
@@ -23,13 +24,27 @@ class Gate(Router):
     backward (Eq. 9 and 10). In evaluation it is the larger score, without noise. Scores are float32
     whatever the precision of the network, because a decision has no small errors.
 
+    Args:
+        target: t of Eq. 12.
+        hidden: width of the first linear layer (d of Sec. 3.3); None leaves it out, as
+            DR-MobileNetV2 does (Sec. 4.2).
+        norm: of the first layer's output; None in DRNN. Veit and Belongie, Convolutional networks
+            with adaptive inference graphs (2018), Sec. 3.2, have one.
+
     Raises:
         ValueError: target is not in (0, 1].
     """
 
     decides = True
 
-    def __init__(self, channels: int, *, target: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        target: float,
+        hidden: int | None = HIDDEN,
+        norm: BatchNorm | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(target, int | float) or not 0 < target <= 1:
             raise ValueError(
@@ -37,8 +52,9 @@ class Gate(Router):
                 "execute a step, such as 0.7"
             )
         self.target = target
-        self.hidden = nn.Linear(channels, HIDDEN)
-        self.scores = nn.Linear(HIDDEN, 2)
+        self.hidden = nn.Linear(channels, hidden) if hidden else None
+        self.norm = norm
+        self.scores = nn.Linear(hidden or channels, 2)
         # Nearly constant scores at first, so that the rate before training is INITIAL_RATE.
         nn.init.normal_(self.scores.weight, std=0.01)
         nn.init.zeros_(self.scores.bias)
@@ -48,8 +64,13 @@ class Gate(Router):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> decision (N,), exactly 0 or 1."""
         with _without_autocast(x.device):
-            pooled = x.float().mean((2, 3))
-            scores = self.scores(F.relu(self.hidden(pooled)))  # Eq. 8
+            features = x.float().mean((2, 3))
+            if self.hidden is not None:
+                features = self.hidden(features)
+                if self.norm is not None:
+                    features = self.norm(features[:, :, None, None]).flatten(1)
+                features = F.relu(features)
+            scores = self.scores(features)  # Eq. 8
             if self.training:
                 scores = scores - torch.empty_like(scores).exponential_().log()  # Eq. 9: s_k + G_k
             soft = scores.softmax(1)[:, EXECUTE]
