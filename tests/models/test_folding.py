@@ -83,7 +83,12 @@ def test_every_recursive_network_folds_from_its_counterpart(name):
     assert {n.removeprefix("r_") for n in list_models("r_*")} == STATIC.keys()
 
 
-@pytest.mark.parametrize("norm", BANKS)
+def test_norms_are_not_thrown_away():
+    with pytest.raises(ValueError, match=r"stages.1.1.cell.norm1.norms.0.bias \(unknown\)"):
+        fold(_saved("resnet20"), create_model("r_resnet16", norm="none"), "mean")
+
+
+@pytest.mark.parametrize("norm", sorted(BANKS.keys() - {"none"}))
 def test_every_bank_can_be_folded_into(norm):
     saved = _saved("resnet20")
     model = create_model("dr_resnet16", norm=norm)
