@@ -36,7 +36,12 @@ class Engine:
         factor: of the learning rates, as a function of the optimizer step.
         """
         import deepspeed
+        from deepspeed.runtime import torch_autocast
 
+        # DeepSpeed notes in a global that an engine of this process uses autocast, and in which
+        # precision: after one in fp16, ZeRO would scale the losses of every later engine, and its
+        # clipping does not know of the scale.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         # Training calls none of DeepSpeed's compiled kernels; unless told that there are none, it
         # probes compilers and builds a shared-memory kernel at start, which needs a C++ compiler.
         vars(deepspeed.ops)["__compatible_ops__"] = {}

@@ -111,6 +111,13 @@ def test_a_scaled_step_is_the_step(zero_stage: int, clip_norm: float | None) -> 
         assert error < 2**-10, (name, error)  # gradients may travel in half precision
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_an_engine_is_not_scaled_because_another_is(zero_stage: int) -> None:
+    settings = {"train.zero_stage": zero_stage, "optimizer.clip_norm": 0.5}
+    engine(**settings, **{"train.precision": "fp16"})
+    assert norm(step(engine(**settings))) == pytest.approx(0.5, rel=1e-3)
+
+
 def by_hand(clip_norm: float | None) -> dict[str, Tensor]:
     """The unscaled, clipped gradients of one step in half precision."""
     torch.manual_seed(0)

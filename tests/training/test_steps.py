@@ -149,9 +149,7 @@ def after_three_updates(world: World) -> dict[Any, Any]:
 
 
 def test_two_ranks_make_the_updates_of_one_in_every_arrangement(tmp_path: Path) -> None:
-    # In a process of its own, as every run is: beside all other tests in one process, engines of
-    # ZeRO 1 made other updates here, for a reason that is not known.
-    (alone,) = on_ranks(after_three_updates, 1, tmp_path / "alone")
+    alone = after_three_updates(World())
     for found in [alone, *on_ranks(after_three_updates, 2, tmp_path / "ranks")]:
         for (name, *arrangement), result in found.items():
             tolerance = {"rtol": 1e-3, "atol": 1e-5 if name == "sgd" else 2e-3}
@@ -189,11 +187,9 @@ def test_paths_that_were_not_taken_stay_as_they_are(
                     assert torch.equal(later[kind][key], old), (kind, key)
 
 
-def test_a_state_goes_on_where_some_paths_were_never_taken(tmp_path: Path) -> None:
-    on_ranks(state_goes_on, 1, tmp_path / "alone")
-
-
-def state_goes_on(world: World) -> None:
+def test_a_state_goes_on_where_some_paths_were_never_taken() -> None:
+    world = World()
+    world.start()
     first = build(0, 1, world)
     update(first, world, (2,), 1)
     second = build(1, 1, world)
