@@ -113,6 +113,9 @@ def train(
     RECIPE is a name from `reprise recipes`, a YAML file, or the directory of an earlier run, which
     goes on where its newest checkpoint is.
     """
+    from jobs import stopping
+
+    stopping.note()
     from jobs import console, describe, tasks
     from pipeline import recipes
     from pipeline.config import ConfigError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
@@ -30,7 +29,6 @@ def run(folder: Path, seed: int, quiet: bool) -> int:
     config = recipes.load("drnn/digits/dr_resnet16", [f"data.path={shards}", f"seed={seed}"])
     if code := tasks.Train(config, directory, quiet)():
         return code
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # training took it to save first
     click.echo("3. evaluating")
     ((summary, _),) = tasks.Evaluate(directory, quiet=quiet)()
     page = report.write(RunDirectory(directory))

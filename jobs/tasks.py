@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import console, describe
+from jobs import console, describe, stopping
 from jobs.errors import Exit, guarded
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 REPLAY_SECONDS = 10.0  # for each run that is not wholly at the store yet
 SAVING_SECONDS = 600  # that local ranks have to stop with a checkpoint before they are killed
 
@@ -40,18 +39,22 @@ class Train:
 
     def __call__(self) -> int:
         """The exit status: 0 finished, `Exit.INTERRUPTED` stopped with a checkpoint."""
-        return guarded(self._train)
+        with stopping.noted() as stop:
+            return guarded(lambda: self._train(stop))
 
-    def _train(self) -> int:
+    def _train(self, stop: stopping.StopRequest) -> int:
         from pipeline.distributed import World
         from pipeline.run_directory import RunDirectory
         from pipeline.training.run import run
         from pipeline.training.trainer import Outcome
 
-        rank = World.detect().rank
+        world = World.detect()
+        # Nothing has begun, and no other rank waits for this one to agree.
+        if stop.asked and world.world_size == 1:
+            return Exit.INTERRUPTED
+        rank = world.rank
         console.configure(self.quiet, rank=rank)
         directory = RunDirectory(self.run)
-        stop = _StopRequest()
         display = console.TrainingDisplay(console.wants_bar(self.quiet) and rank == 0)
 
         def keep_log(planned: Plan) -> None:
@@ -64,7 +67,7 @@ class Train:
                 directory,
                 display,
                 on_owned=keep_log,
-                stop_requested=stop,
+                stop_requested=lambda: stop.asked,
                 stop_after=self.stop_after,
             )
         finally:
@@ -74,7 +77,7 @@ class Train:
                 _say_finished(directory)
             return 0
         log.warning("stopped with a checkpoint; resume with: reprise train %s", self.run)
-        return Exit.INTERRUPTED if stop() or self.stop_after is None else 0
+        return Exit.INTERRUPTED if stop.asked or self.stop_after is None else 0
 
 
 def _say_finished(directory: RunDirectory) -> None:
@@ -107,13 +110,15 @@ class LocalRanks:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=self.nproc,
-            signals_to_handle=",".join(number.name for number in STOP_SIGNALS),
+            signals_to_handle=",".join(number.name for number in stopping.SIGNALS),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.2,
         )
+        if stopping.heed():  # from here on the launcher answers to signals
+            return Exit.INTERRUPTED
         try:
             elastic_launch(launch, _as_rank)(self.task)
         except ChildFailedError as error:
@@ -136,11 +141,11 @@ def _say_why(rank: int, code: int) -> int:
 
 def _as_rank(task: Callable[[], int]) -> int:
     """Turn a status into an exit, so that the launcher sees a failed rank as failed."""
+    stopping.note()  # also while the process ends: the launcher is to see the status
     if code := task():
         sys.exit(code)
     # The launcher keeps finished ranks until all are, and ends them with a signal where it stops.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    stopping.heed()
     return 0
 
 
@@ -149,21 +154,6 @@ def _silence(*packages: str) -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith(packages):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-class _StopRequest:
-    """Whether a signal asked this process to stop."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def __call__(self) -> bool:
-        return self._asked
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,15 @@ PATIENCE = 60.0  # seconds; far beyond what anything here takes
 ENTRY = "import sys; from jobs.cli import main; sys.argv[0] = 'reprise'; main()"
 
 
-def start(*args: object, cwd: Path, stderr: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+def start(
+    *args: object, cwd: Path, stderr: int = subprocess.PIPE, first: str = ""
+) -> "subprocess.Popen[str]":
+    """Args:
+    first: a program to run before the command in its process.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     return subprocess.Popen(
-        [sys.executable, "-c", ENTRY, *map(str, args)],
+        [sys.executable, "-c", first + ENTRY, *map(str, args)],
         cwd=cwd,
         env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -28,16 +33,16 @@ def start(*args: object, cwd: Path, stderr: int = subprocess.PIPE) -> "subproces
     )
 
 
-def reprise(*args: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def reprise(*args: object, cwd: Path, first: str = "") -> "subprocess.CompletedProcess[str]":
     """Run to the end."""
-    with started(*args, cwd=cwd) as process:
+    with started(*args, cwd=cwd, first=first) as process:
         return ended(process)
 
 
 @contextmanager
-def started(*args: object, cwd: Path) -> "Iterator[subprocess.Popen[str]]":
+def started(*args: object, cwd: Path, first: str = "") -> "Iterator[subprocess.Popen[str]]":
     """A process that is gone, with its group, after the block."""
-    process = start(*args, cwd=cwd)
+    process = start(*args, cwd=cwd, first=first)
     try:
         yield process
     finally:

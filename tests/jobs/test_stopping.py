@@ -9,6 +9,8 @@ import termios
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import command
 from tests.jobs.command import ended, interrupt_group, ranks, started, training, until
 
@@ -145,3 +147,30 @@ def test_interrupted_before_it_trains(recipe: Path, tmp_path: Path) -> None:
         done = ended(process)
     assert done.returncode == 130
     assert "bug of Reprise" not in done.stderr
+
+
+LOST = """
+import os, signal, sys
+
+class Forgotten:
+    def __del__(self):  # what is raised here is printed and dropped
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            pass
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            Forgotten()
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_an_interrupt_in_a_destructor_is_not_lost(recipe: Path, tmp_path: Path, nproc: int) -> None:
+    arguments = ["train", recipe, *LONG, "--run", "run", "--nproc", nproc]
+    done = command.reprise(*arguments, cwd=tmp_path, first=LOST)
+    assert done.returncode == 130
+    assert not (tmp_path / "run").exists()
