@@ -72,7 +72,7 @@ def test_the_schedule_is_the_papers(name: str) -> None:
 
 def test_recurrent_convolution_trains_as_its_paper_says() -> None:
     """RC Sec. 3.3: half the learning rate for what is shared, clipped gradients."""
-    found = [name for name in RECIPES if name.startswith("rc/cifar")]
+    found = [name for name in RECIPES if name.startswith(("rc/cifar", "rc/digits"))]
     assert len(found) == 35
     for name in found:
         flat = recipes.load(name).flat()
@@ -82,7 +82,7 @@ def test_recurrent_convolution_trains_as_its_paper_says() -> None:
         shares = "shared" in model.roles().values()
         assert flat.get("optimizer.groups.shared.lr_factor") == (0.5 if shares else None), name
         assert flat["data.path"] == f"data/{name.split('/')[1]}"
-        assert flat["train.epochs"] == (4 if name.endswith("-short") else 200)
+        assert flat["train.epochs"] == (8 if name.endswith("-short") else 200)
 
 
 def test_every_row_of_recurrent_convolution_has_a_recipe() -> None:
@@ -104,7 +104,7 @@ def test_every_row_of_recurrent_convolution_has_a_recipe() -> None:
     [
         ("rc/cifar10/rc_r2", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
         ("rc/cifar100/rc_r2", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
-        ("rc/cifar10/rc_r2-short", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
+        ("rc/digits/rc_r2-short", {2: 0.2, 3: 0.3, 4: 0.5}, "one"),
         ("rc/cifar100/rc_r4", {1: 0.2, 2: 0.3, 3: 0.5}, "one"),
         ("rc/cifar100/rc_early_exit", {2: 0.2, 3: 0.3, 4: 0.5}, "all"),
     ],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config import Augmentation, Config, Data, Optimizer, Schedule, Train
 from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.short import short
 
 # Table 1, error in %; the recursive networks without gates are not in the table.
 _TABLE_1 = {
@@ -83,12 +84,29 @@ _IMAGENET = {
 _TARGET_RATE = 0.7
 
 
-def cifar10(model: str) -> Config:
+# What Figure 6 and Section 3.4 compare, on a network whose cells are used four times.
+_COMPARED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("r_resnet32", "", {}, "recursive, one norm per step, no gates"),
+    ("r_resnet32", "-shared-norm", {"norm": "shared"}, "naive recursive: one norm for all steps"),
+    ("dr_resnet32", "", {}, "dynamic recursive"),
+    ("dr_resnet32", "-t060", {"target_rate": 0.6}, "dynamic recursive, target 0.6"),
+    ("dr_resnet32", "-t080", {"target_rate": 0.8}, "dynamic recursive, target 0.8"),
+    (
+        "dr_resnet32",
+        "-per-step-norm",
+        {"norm": "per_step"},
+        "dynamic recursive, skipped samples in the norms' statistics",
+    ),
+]
+
+
+def cifar10(model: str, suffix: str = "", options: dict[str, Any] | None = None) -> Config:
     """Section 4.1: 350 epochs of batch 256, lr 0.1 divided by 10 at 150 and 250."""
+    gated = model.startswith(("dr_", "aig_"))
     return Config(
-        name=f"drnn/cifar10/{model}",
+        name=f"drnn/cifar10/{model}{suffix}",
         model=model,
-        model_options={"target_rate": _TARGET_RATE} if model.startswith(("dr_", "aig_")) else {},
+        model_options={**({"target_rate": _TARGET_RATE} if gated else {}), **(options or {})},
         data=Data(
             path=Path("data/cifar10"),
             augment=Augmentation(crop="pad", padding=4, flip=True, size=32),
@@ -168,3 +186,9 @@ RECIPES |= {
     for name, row in _IMAGENET.items()
 }
 RECIPES["drnn/digits/dr_resnet16"] = Recipe(digits, "dynamic recursive; the demo")
+RECIPES |= {
+    f"drnn/digits/{model}{suffix}-short": short(
+        Recipe(partial(cifar10, model, suffix, options), about)
+    )
+    for model, suffix, options, about in _COMPARED
+}

@@ -23,6 +23,7 @@ from pipeline.config import (
     Train,
 )
 from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.short import short
 
 SETS = ("cifar10", "cifar100")
 
@@ -86,26 +87,6 @@ def cifar(
     )
 
 
-def short(recipe: Recipe) -> Recipe:
-    """The same comparison on two CPU cores: four epochs at 16x16 pixels, a quarter of the cost."""
-
-    def config() -> Config:
-        full = recipe.config()
-        augment = Augmentation(
-            crop="random_resized", scale=(0.6, 1.0), flip=True, size=16, eval_resize=16
-        )
-        return full.model_copy(
-            update={
-                "name": f"{full.name}-short",
-                "data": full.data.model_copy(update={"augment": augment}),
-                "schedule": Schedule(name="one_cycle"),
-                "train": Train(epochs=4, batch_size=128),
-            }
-        )
-
-    return Recipe(config, f"{recipe.about}; minutes on two cores")
-
-
 def _tables_1_2_and_4(dataset: str) -> dict[str, Recipe]:
     column = SETS.index(dataset)
     found = {
@@ -162,7 +143,7 @@ RECIPES: dict[str, Recipe] = {
 }
 RECIPES |= {f"rc/cifar100/{name}": recipe for name, recipe in _table_5_and_figure_7().items()}
 RECIPES |= {
-    f"rc/cifar10/{name}-short": short(RECIPES[f"rc/cifar10/{name}"])
+    f"rc/digits/{name}-short": short(RECIPES[f"rc/cifar10/{name}"])
     for name in (
         *("rc_r2_1", "rc_r2_2", "rc_r2_3", "rc_r2_4", "rc_s2_2"),
         *("rc_r2_4-no-norm", "rc_r2_4-shared-norm", "rc_r2"),

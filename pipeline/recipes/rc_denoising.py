@@ -60,14 +60,14 @@ def denoising(network: str, sigma: int, norm: str | None = None) -> Config:
 
 
 def short(network: str, sigma: int) -> Config:
-    """Minutes on two cores: small batches, Adam, one cycle, bf16."""
+    """Minutes on two cores: small batches, Adam, one cycle."""
     return Config(
         name=f"{_name(network, sigma)}-short",
         model=f"rc_{network}",
         data=_data(sigma, repeats=25),
         optimizer=Optimizer(name="adam", lr=4e-3, groups=_groups(network)),
         schedule=Schedule(name="one_cycle", peak=0.1),
-        train=Train(epochs=4, batch_size=8, precision="bf16"),
+        train=Train(epochs=4, batch_size=8),
     )
 
 

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("journal_only")
 NAMES = [
     name
     for name in RECIPES
-    if name.startswith("rc/cifar")
-    and (name.startswith("rc/cifar10/") or name.replace("cifar100", "cifar10") not in RECIPES)
+    if name.startswith(("rc/cifar", "rc/digits"))
+    and (not name.startswith("rc/cifar100/") or name.replace("cifar100", "cifar10") not in RECIPES)
 ]
 
 
