@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,10 +128,13 @@ class Optimizer(_Section):
 class Schedule(_Section):
     """Factor on every group's learning rate as a function of the progress, in epochs."""
 
-    name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    name: Literal["constant", "step", "staircase", "cosine", "one_cycle"] = "constant"
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear, up to the rate")
     milestones: tuple[float, ...] = Field(default=(), description="epochs, for step")
     gamma: float = Field(default=0.1, gt=0, description="factor at each milestone, for step")
+    every_steps: int | None = Field(
+        default=None, gt=0, description="optimizer steps from one factor to the next, for staircase"
+    )
     peak: float = Field(default=0.3, gt=0, lt=1, description="fraction of training, for one_cycle")
 
     @model_validator(mode="after")
@@ -140,6 +144,11 @@ class Schedule(_Section):
                 f"milestones={list(self.milestones)} with name={self.name}: "
                 "name=step needs milestones, the others take none"
             )
+        if (self.name == "staircase") != (self.every_steps is not None):
+            raise ValueError(
+                f"every_steps={self.every_steps} with name={self.name}: name=staircase needs "
+                "every_steps, the others take none"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones={list(self.milestones)} must increase")
         if self.name == "one_cycle" and self.warmup_epochs:
@@ -147,9 +156,63 @@ class Schedule(_Section):
         return self
 
 
+class Weight(_Section):
+    """Weight of a loss term, from the first to the last step of the run or of a phase.
+
+    A plain number is a weight that stays.
+    """
+
+    first: float = Field(default=0.0, ge=0)
+    last: float = Field(default=0.0, ge=0)
+    shape: Literal["linear", "exponential"] = "linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"first": value, "last": value} if plain else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Weight:
+        if self.shape == "exponential" and not (self.first and self.last):
+            raise ValueError(
+                f"shape=exponential from {self.first:g} to {self.last:g}: give first and last "
+                "greater than 0, or shape=linear"
+            )
+        return self
+
+    def at(self, progress: float) -> float:
+        """The weight once this fraction, 0..1, of the steps is made."""
+        if self.shape == "exponential":
+            return float(self.first * (self.last / self.first) ** progress)
+        return self.first + (self.last - self.first) * progress
+
+
 class Loss(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     execution_rate: float = Field(default=1.0, ge=0, description="weight of DRNN Eq. 12")
+    different_routes: Weight = Field(default=Weight(), description="lambda_1 of ReSet Eq. 13")
+    decided_routes: Weight = Field(default=Weight(), description="lambda_2 of ReSet Eq. 13")
+    skip_reward: Weight = Field(default=Weight(), description="R of ReSet Eq. 9")
+
+
+class Scorer(_Section):
+    """From the logits of ReSet's controllers to the weights of the units."""
+
+    name: Literal["softmax", "gumbel", "straight_through", "top_k"] = "softmax"
+    temperature: float = Field(default=1.0, description="tau, for gumbel and straight_through")
+    k: int = Field(default=1, description="units that keep their weight, for top_k")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scorer:
+        if not self.temperature > 0 or math.isinf(self.temperature):
+            raise ValueError(
+                f"temperature={self.temperature:g}: logits are divided by it, so it must be "
+                "greater than 0: give such as 0.5, or name=straight_through for one unit alone"
+            )
+        if self.k < 1:
+            raise ValueError(f"k={self.k} keeps no unit: give 1 or more")
+        return self
 
 
 class Steps(_Section):
@@ -180,8 +243,64 @@ class Steps(_Section):
         return self
 
 
+class Convergence(_Section):
+    """The policy has converged: its mean over a window of steps no longer moves.
+
+    Compared are the mean probabilities of the units in one window and in the window before, for
+    each iteration of each pool: half the sum of their absolute differences, the largest of all.
+    """
+
+    change: float = Field(default=0.01, gt=0, lt=1, description="that counts as no movement")
+    window: int = Field(default=100, gt=0, description="optimizer steps")
+
+
+_PARTS = "all, controller, units, norms, statistics, stem, stage1, stage2, ..., classifier"
+
+
+class Phase(_Section):
+    """A stretch of training: what trains, how, and for how long. None: as the run.
+
+    `trains` names parts of the network; the others receive no update and no weight decay. The
+    statistics of a norm move where its parameters train; `statistics` lets all of them move.
+    """
+
+    name: str
+    trains: tuple[str, ...] = Field(default=("all",), description=_PARTS)
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps")
+    epochs: float | None = Field(default=None, gt=0)
+    until: Convergence | None = Field(
+        default=None, description="ends the phase earlier; steps or epochs are then the most"
+    )
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = Field(default=None, description="epochs from the phase's start")
+    loss: Loss | None = None
+    scorer: Scorer | None = None
+    draws: int = Field(default=1, gt=0, description="passes of each batch, losses averaged")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Phase:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"phase {self.name!r} with steps={self.steps} and epochs={self.epochs}: give its "
+                "length in one of them"
+            )
+        odd = [p for p in self.trains if not re.fullmatch(r"stage[1-9]\d*", p)]
+        odd = [p for p in odd if p not in _PARTS.split(", ")]
+        if odd:
+            raise ValueError(
+                f"phase {self.name!r} trains={list(self.trains)}: {odd[0]!r} is no part of a "
+                f"network: give some of {_PARTS}"
+            )
+        if not set(self.trains) - {"statistics"}:
+            raise ValueError(
+                f"phase {self.name!r} trains={list(self.trains)} has no parameters to train: "
+                f"give some of {_PARTS}"
+            )
+        return self
+
+
 class Train(_Section):
-    epochs: int = Field(gt=0)
+    epochs: int | None = Field(default=None, gt=0, description="None: as long as the phases")
     batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
     accumulation: int = Field(default=1, gt=0, description="micro-batches per optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -211,10 +330,34 @@ class Config(_Section):
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     steps: Steps = Steps()
+    scorer: Scorer = Scorer()
+    phases: tuple[Phase, ...] = Field(default=(), description="in order; none: one of train.epochs")
     train: Train
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _lasts(self) -> Config:
+        names = [phase.name for phase in self.phases]
+        if (self.train.epochs is None) == (not names):
+            raise ValueError(
+                f"train.epochs={self.train.epochs} with {len(names)} phases: give train.epochs "
+                "without phases, or phases with train.epochs=null"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases {names}: give each a name of its own")
+        return self
+
+    @property
+    def stretches(self) -> tuple[Phase, ...]:
+        """The phases; one of the whole training where none are given."""
+        return self.phases or (Phase(name="training", epochs=self.train.epochs),)
+
+    def during(self, phase: Phase) -> Config:
+        """The configuration with the phase's own sections in the place of the run's."""
+        own = {name: getattr(phase, name) for name in ("optimizer", "schedule", "loss", "scorer")}
+        return self.model_copy(update={k: v for k, v in own.items() if v is not None})
 
     @property
     def task(self) -> TaskName:
@@ -263,6 +406,8 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(number): entry for number, entry in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
@@ -276,10 +421,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     *parents, last = key.split(".")
     node = values
-    for parent in parents:
+    for number, parent in enumerate(parents):
         if node.get(parent) is None:  # absent, or a section that is left out
             node[parent] = {}
         child = node[parent]
+        if isinstance(child, list) and all(isinstance(entry, dict) for entry in child):
+            _apply_to_entry(child, ".".join([*parents[number + 1 :], last]), text, override)
+            return
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
         node = child
@@ -287,6 +435,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _apply_to_entry(entries: list[dict[str, Any]], key: str, text: str, override: str) -> None:
+    """`phases.1.steps=10`: the entries of a list of sections are named by their numbers, from 0."""
+    number, _, rest = key.partition(".")
+    if not number.isdecimal() or int(number) >= len(entries) or not rest:
+        raise ConfigError(
+            f"override {override!r}: {number!r} is not one of the {len(entries)} entries, which "
+            "are numbered from 0"
+        )
+    _apply(entries[int(number)], f"{rest}={text}")
 
 
 def _explain(error: ValidationError) -> str:
@@ -311,7 +470,9 @@ def _is_plain(value: Any) -> bool:
 def _nearest(location: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        field = section.model_fields.get(str(part))
+        if isinstance(part, int):  # an entry of a list of sections
+            continue
+        field = section.model_fields.get(part)
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if inner is None:

@@ -92,8 +92,10 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"train\.epochs is missing: give train\.epochs=VALUE"):
-        config.build({**BASE, "train": {"batch_size": 8}})
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_size is missing: give train\.batch_size=VALUE"
+    ):
+        config.build({**BASE, "train": {"epochs": 8}})
 
 
 def test_overrides_are_applied_in_order_and_leave_the_base_alone() -> None:

@@ -8,17 +8,27 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from pipeline.models import denoising, mobilenet, recurrent_convolution, resnet
+from pipeline.models import denoising, mobilenet, recurrent_convolution, reset, resnet
 from pipeline.models.network import Network, Output, Role
-from pipeline.models.stage import CellRoute
+from pipeline.models.stage import CellRoute, Policy
 
-__all__ = ["CellRoute", "Network", "Output", "Role", "create_model", "list_models", "task_of"]
+__all__ = [
+    "CellRoute",
+    "Network",
+    "Output",
+    "Policy",
+    "Role",
+    "create_model",
+    "list_models",
+    "task_of",
+]
 
 _MODELS: dict[str, Callable[..., Network]] = {
     **resnet.MODELS,
     **mobilenet.MODELS,
     **recurrent_convolution.MODELS,
     **denoising.MODELS,
+    **reset.MODELS,
 }
 
 
@@ -28,7 +38,7 @@ def create_model(name: str, **options: Any) -> Network:
     Options, as far as the network has a use for them: num_classes, norm (of the recursive cells:
     none, shared, per_step, gated_per_step, per_path), target_rate (of the gates), steps (to choose
     from, of cost-adjustable networks), sync_norm (batch statistics over all ranks), stride_on (of
-    the bottleneck cells: 1x1, 3x3).
+    the bottleneck cells: 1x1, 3x3), controller (of ReSet's pools: cnn, rnn).
 
     Raises:
         ValueError: an unknown name or option, or options that make no sense for the network.

@@ -82,6 +82,18 @@ class BasicCell(ResidualCell):
         return x
 
 
+class ResidualBranch(BasicCell):
+    """The residual branch alone: a computational unit of ReSet, F of its Eq. 12."""
+
+    def __init__(self, channels: int, *, norm: NormFactory) -> None:
+        super().__init__(channels, channels, norm=norm)
+
+    def forward(self, x: Tensor, step: Step, weight: Tensor | None = None) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, H, W), `weight` (N, 1, 1, 1) times the branch."""
+        y = self.residual(x, step)
+        return y if weight is None else (y * weight).to(y.dtype)
+
+
 class Projection(nn.Module):
     """Shortcut B of He et al. (2016): a 1x1 convolution and its norm."""
 

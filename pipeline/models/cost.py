@@ -21,7 +21,7 @@ from pipeline.models.stage import RecursiveCell
 
 @dataclass(frozen=True)
 class CellCost:
-    """Multiply-adds of one recursive cell in each step, and of its router per step asked.
+    """Multiply-adds of one recursive cell or unit in each step, of its router per step asked.
 
     They differ between steps where the resolution does; a step that is not taken costs nothing.
     """
@@ -48,7 +48,7 @@ class CellCost:
 @dataclass(frozen=True)
 class Cost:
     """`parameters` of the whole network; multiply-adds per image, of which `fixed` are outside the
-    recursive cells. `cells` are keyed by the name that their routes carry.
+    recursive cells and pools. `cells` are keyed by the name that their routes carry.
     """
 
     parameters: int
@@ -110,11 +110,16 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
         for name, module in shadow.named_modules()
         if isinstance(module, RecursiveCell) and not module.is_static
     }
-    for cell in recursive.values():
+    for cell in (*recursive.values(), *shadow.pools):
         # The loop itself in training mode: it then takes every step, whatever the gates say.
         cell.training = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         calls = {name: _count_calls(module.cell, counter) for name, module in recursive.items()}
+        units = {
+            f"{pool.name}.units.{number}": _count_calls(unit, counter)
+            for pool in shadow.pools
+            for number, unit in enumerate(pool.units)
+        }
         shadow(torch.empty(1, model.channels, size, size, device="meta"), steps)
     root = type(shadow).__name__
     # Two floating-point operations are one multiply-add.
@@ -133,6 +138,8 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
         )
         for name, cell in recursive.items()
     }
+    # A controller is asked at every iteration by every sample, which is part of the fixed cost.
+    cells |= {name: CellCost(tuple(count), router=0, target=None) for name, count in units.items()}
     looped = sum(sum(cell.per_step) + cell.steps * cell.router for cell in cells.values())
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -7,8 +7,11 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from pipeline.models.norms import BatchNorm
+from pipeline.models.pool import Pool
 from pipeline.models.routers import Router
-from pipeline.models.stage import CellRoute, RecursiveCell
+from pipeline.models.routers.controller import Controller
+from pipeline.models.scorers import Scorer
+from pipeline.models.stage import CellRoute, Policy, RecursiveCell
 
 Role = Literal["shared", "gate", "norm", "rest"]
 
@@ -23,6 +26,12 @@ class Output(NamedTuple):
     routes: tuple[CellRoute, ...]
 
     @property
+    def policies(self) -> tuple[Policy, ...]:
+        """One per pool with a controller, whose units' routes are among the routes."""
+        found = {route.policy.pool: route.policy for route in self.routes if route.policy}
+        return tuple(found.values())
+
+    @property
     def logits(self) -> Tensor:
         """The prediction of classification by its usual name."""
         return self.prediction
@@ -33,12 +42,19 @@ class Network(nn.Module):
 
     `image_size` is the side, in pixels, it is meant for; `channels` is how many its images have.
     `step_choices`, ascending, are the numbers of steps that a cost-adjustable network can be asked
-    for (RC Sec. 4); empty where there is no choice.
+    for (RC Sec. 4); empty where there is no choice. `scorer` makes weights of the logits of ReSet's
+    controllers; `pools` are those it has.
     """
 
     image_size: int
     channels: int = 3
     step_choices: tuple[int, ...] = ()
+    scorer: Scorer = Scorer()
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools with a controller, in order."""
+        return [m for m in self.modules() if isinstance(m, Pool) and m.controller is not None]
 
     def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """images (N, channels, H, W); None takes the largest number of steps.
@@ -71,8 +87,8 @@ class Network(nn.Module):
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by the type of the module that holds it.
 
-        `shared`: used at more than one step; `gate`: of a router; `norm`: of a batch norm, wherever
-        it stands; `rest`: everything else.
+        `shared`: used at more than one step; `gate`: of a router or controller; `norm`: of a batch
+        norm, wherever it stands; `rest`: everything else.
         """
         roles: dict[str, Role] = {name: "rest" for name, _ in self.named_parameters()}
         # Modules come before their children, so the innermost role stays.
@@ -97,9 +113,11 @@ def _role(module: nn.Module) -> Role | None:
     match module:
         case BatchNorm():
             return "norm"
-        case Router():
+        case Router() | Controller():
             return "gate"
         case RecursiveCell() if module.steps > 1:
+            return "shared"
+        case Pool() if module.iterations > 1:
             return "shared"
         case _:
             return None

@@ -43,11 +43,18 @@ class BatchNorm(nn.BatchNorm2d):
     separately, each by its own statistics of the batch, with the same scale and shift; only the
     executed ones update the running statistics (DRNN Sec. 3.4, Eq. 11). With `sync`, the statistics
     of the batch are those of all ranks; every rank must bring images of the same size.
+
+    A frozen norm uses its running statistics in training too and leaves them as they are.
     """
 
     def __init__(self, channels: int, *, sync: bool = False) -> None:
         super().__init__(channels)
         self.sync = sync
+        self.frozen = False
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        super().train(mode and not self.frozen)
+        return self
 
     def forward(self, x: Tensor, executed: Tensor | None = None) -> Tensor:
         sync = self.sync and several_ranks()

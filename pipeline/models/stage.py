@@ -46,13 +46,36 @@ class CellRoute(NamedTuple):
     `cell` is the dotted module name in the network. `weights` (N, steps), float32, is the weight of
     F(x) in each step: exactly 0 or 1, with the router's gradient. `executed` (N, steps), bool, is
     the same without gradient. `target` is the t of DRNN Eq. 12: step i (from 1) should be executed
-    by t^i of the samples; None where nothing is aimed at.
+    by t^i of the samples; None where nothing is aimed at. `policy` is that of the pool whose unit
+    the cell is: its weights may then be any from 0 to 1.
     """
 
     cell: str
     weights: Tensor
     executed: Tensor
     target: float | None
+    policy: Policy | None = None
+
+
+class Policy(NamedTuple):
+    """What the controller of one pool decided.
+
+    `pool` is the dotted module name in the network. `weights` (N, iterations, units + 1), float32,
+    are those of the units, the last of the zero unit, with the scorer's gradient; `probabilities`,
+    of the same shape, are the softmax of the logits, without noise.
+    """
+
+    pool: str
+    weights: Tensor
+    probabilities: Tensor
+
+    @property
+    def routes(self) -> tuple[CellRoute, ...]:
+        """One route for each unit, over the iterations; the zero unit computes nothing."""
+        return tuple(
+            CellRoute(f"{self.pool}.units.{j}", weights, weights.detach() > 0, None, self)
+            for j, weights in enumerate(self.weights[..., :-1].unbind(2))
+        )
 
 
 class RecursiveCell(nn.Module):

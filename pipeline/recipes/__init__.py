@@ -8,10 +8,15 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
-from pipeline.recipes import drnn, rc, rc_denoising
+from pipeline.recipes import drnn, rc, rc_denoising, reset
 from pipeline.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {**drnn.RECIPES, **rc.RECIPES, **rc_denoising.RECIPES}
+RECIPES: dict[str, Recipe] = {
+    **drnn.RECIPES,
+    **rc.RECIPES,
+    **rc_denoising.RECIPES,
+    **reset.RECIPES,
+}
 
 
 def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:

@@ -63,8 +63,10 @@ class Classification(Task):
     summary: ClassVar[type[task.Summary]] = Summary
     samples: ClassVar[type[task.Samples]] = Samples
 
-    def loss_terms(self, output: Output, batch: Batch, world: World) -> dict[str, Tensor]:
-        return losses.terms(output, batch.labels, self.loss, world)
+    def loss_terms(
+        self, output: Output, batch: Batch, world: World, progress: float = 0.0
+    ) -> dict[str, Tensor]:
+        return losses.terms(output, batch.labels, self.loss, world, progress)
 
     def training_metrics(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         correct = output.logits.detach().argmax(1) == batch.labels

@@ -74,7 +74,9 @@ class Denoising(Task):
     summary: ClassVar[type[task.Summary]] = Summary
     samples: ClassVar[type[task.Samples]] = Samples
 
-    def loss_terms(self, output: Output, batch: Batch, world: World) -> dict[str, Tensor]:
+    def loss_terms(
+        self, output: Output, batch: Batch, world: World, progress: float = 0.0
+    ) -> dict[str, Tensor]:
         """Half of |x + f(x) - y|^2, the sum over an image's pixels, mean over the images.
 
         RC Eq. 7 with the factors of the loss that its settings come from: Zhang et al., Beyond a

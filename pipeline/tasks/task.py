@@ -95,8 +95,13 @@ class Task(ABC):
     samples: ClassVar[type[Samples]]
 
     @abstractmethod
-    def loss_terms(self, output: Output, batch: Batch, world: World) -> dict[str, Tensor]:
-        """The weighted terms whose sum is the loss; each a scalar in fp32."""
+    def loss_terms(
+        self, output: Output, batch: Batch, world: World, progress: float = 0.0
+    ) -> dict[str, Tensor]:
+        """The weighted terms whose sum is the loss; each a scalar in fp32.
+
+        `progress` is the fraction, 0..1, of the run's or phase's steps that are made.
+        """
 
     @abstractmethod
     def training_metrics(self, output: Output, batch: Batch) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class WeightAverage:
         averaged = cast(Network, self._average.module)
         for own, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
             own.copy_(buffer)
+        averaged.scorer = model.scorer
         return averaged
 
     def state_dict(self, model: Network) -> dict[str, Any]:

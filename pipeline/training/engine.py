@@ -72,6 +72,16 @@ class Engine:
         self._to_step(0)
         self.applied_rates = self.learning_rates()  # those of the last update, for the record
 
+    def close(self) -> None:
+        """Let go of the network, for another engine."""
+        if self._idle:
+            self._idle.close()
+        self._engine.destroy()
+        self._engine.module_forward_pre_hook.remove()  # which destroying leaves
+        self._engine.module_forward_post_hook.remove()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """Training forward pass of this rank's micro-batch, in the configured precision."""
         return self._engine(images, steps)  # type: ignore[no-any-return]

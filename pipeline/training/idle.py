@@ -23,10 +23,17 @@ class IdleParameters:
     """Which parameters no gradient has reached since the last call of `take`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._reached: set[str] = set()
-        for name, parameter in self._parameters.items():
+        self._hooks = [
             parameter.register_hook(partial(self._reach, name))
+            for name, parameter in self._parameters.items()
+        ]
+
+    def close(self) -> None:
+        """Stop listening."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _reach(self, name: str, gradient: Tensor) -> None:
         self._reached.add(name)

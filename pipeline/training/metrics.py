@@ -29,14 +29,23 @@ class Window:
         values = torch.cat(
             [
                 torch.stack([value.detach() for value in (*terms.values(), *metrics.values())]),
-                *(route.executed.float().mean(0) for route in output.routes),
+                # The routes of pools have all that they say in their policies.
+                *(r.executed.float().mean(0) for r in output.routes if not output.policies),
+                *(policy.weights.detach().mean(0).flatten() for policy in output.policies),
             ]
         )
         if self._sums is None:
             self._names = [*terms, *metrics]
-            for route in output.routes:
+            for route in output.routes if not output.policies else ():
                 steps = range(1, route.executed.shape[1] + 1)
                 self._names += [f"rate/{route.cell}/{step}" for step in steps]
+            for policy in output.policies:
+                iterations, components = policy.weights.shape[1:]
+                self._names += [
+                    f"score/{policy.pool}/{iteration + 1}/{component + 1}"
+                    for iteration in range(iterations)
+                    for component in range(components)
+                ]
             self._sums, self._terms = values, len(terms)
         else:
             self._sums = self._sums + values
@@ -48,7 +57,8 @@ class Window:
 
         `train/loss` is the sum of the loss terms, the task's metrics (such as `train/top1`) are
         those of the augmented samples, `train/rate/<cell>/<step>` the share of samples that
-        executed a step of a recursive cell, at the noisy gates of training where it has one.
+        executed a step of a recursive cell, at the noisy gates of training where it has one, and
+        `train/score/<pool>/<iteration>/<unit>` the weight of a unit, the last of the zero unit.
         """
         if self._sums is None:
             return {}

@@ -42,23 +42,24 @@ def scaled(config: Config) -> Config:
 
 
 def groups(model: Network, config: Optimizer) -> list[Group]:
-    """One group for each role that the model has, in the order of `Role`.
+    """One group for each role of which a parameter trains, in the order of `Role`.
 
     Raises:
         ConfigError: the configuration selects a role of which the model has no parameter.
     """
     roles = model.roles()
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    present = [role for role in get_args(Role) if role in roles.values()]
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    had = [role for role in get_args(Role) if role in roles.values()]
+    present = [role for role in had if any(roles[name] == role for name in sizes)]
     for role in config.groups:
-        if role not in present:
+        if role not in had:
             raise ConfigError(
                 f"optimizer.groups.{role} selects no parameter of this network; "
-                f"roles it has: {', '.join(present)}: remove that group"
+                f"roles it has: {', '.join(had)}: remove that group"
             )
     found = []
     for role in present:
-        names = tuple(name for name, its in roles.items() if its == role)
+        names = tuple(name for name in sizes if roles[name] == role)
         own = config.groups.get(role)
         decay = own.weight_decay if own and own.weight_decay is not None else config.weight_decay
         lr = config.lr * (own.lr_factor if own else 1.0)

@@ -7,26 +7,42 @@ from dataclasses import dataclass
 import torch
 
 from data_prep.manifest import DENOISING, Manifest
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Phase
 from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
 from pipeline.models.cost import Cost, measure_choices
-from pipeline.training import optim, steps
+from pipeline.training import optim, phases, steps
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One phase of a run: its own configuration, its parameter groups and its length."""
+
+    phase: Phase
+    config: Config
+    groups: list[optim.Group]
+    steps: int  # optimizer steps, at most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The data, the cost for each number of steps, the parameter groups and the length of a run.
+    """The data, the cost for each number of steps, the phases and the length of a run.
 
-    `costs` has one entry, under None, where the network has no choice of steps.
+    A run without phases is one. `costs` has one entry, under None, where the network has no choice
+    of steps.
     """
 
     config: Config  # its learning rate is for its own batch
     manifest: Manifest
     costs: dict[int | None, Cost]
-    groups: list[optim.Group]
+    stretches: list[Stretch]
     steps_per_epoch: int  # optimizer steps
+
+    @property
+    def groups(self) -> list[optim.Group]:
+        """The parameter groups of the first phase."""
+        return self.stretches[0].groups
 
     @property
     def cost(self) -> Cost:
@@ -39,7 +55,7 @@ def plan(config: Config, world_size: int) -> Plan:
 
     Raises:
         ValueError: the model or its options, the shard set, the task of either, the parameter
-            groups, the numbers of steps, or a batch that the ranks cannot divide.
+            groups, the numbers of steps, the phases, or a batch that the ranks cannot divide.
     """
     config = optim.scaled(config)
     manifest = Manifest.load(config.data.path)
@@ -47,14 +63,25 @@ def plan(config: Config, world_size: int) -> Plan:
     with torch.device("meta"):  # shapes alone: no weights are drawn
         model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
+    phases.check(model, config)
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(
         config=config,
         manifest=manifest,
         costs=measure_choices(model, config.data.augment.size),
-        groups=optim.groups(model, config.optimizer),
+        stretches=[
+            _stretch(model, config, phase, micro // config.train.accumulation)
+            for phase in config.stretches
+        ],
         steps_per_epoch=micro // config.train.accumulation,
     )
+
+
+def _stretch(model: Network, config: Config, phase: Phase, steps_per_epoch: int) -> Stretch:
+    own = optim.scaled(config.during(phase))
+    phases.prepare(model, config, phase)
+    steps = phases.most_steps(phase, steps_per_epoch)
+    return Stretch(phase, own, optim.groups(model, own.optimizer), steps)
 
 
 def check_task(config: Config, manifest: Manifest) -> None:

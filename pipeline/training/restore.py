@@ -12,6 +12,7 @@ from torch import Tensor
 from data_prep.manifest import Manifest
 from pipeline.config import Config
 from pipeline.models import Network
+from pipeline.training import phases
 from pipeline.training.checkpoint import Checkpoint, CheckpointError
 from pipeline.training.plan import build_model
 
@@ -65,12 +66,17 @@ def trained_network(
 ) -> Network:
     """The network of a checkpoint, for evaluation: the averaged weights where there are any.
 
+    Its scorer is that of the phase that the checkpoint is in, or of the last.
+
     Raises:
         CheckpointError: it is of another model or class map.
     """
     check_identity(checkpoint, identity(config, manifest))
     model = build_model(config, len(manifest.classes))
     load_model(model, checkpoint.path, evaluated_weights(checkpoint))
+    reached = checkpoint.load("rank-00000")["progress"]["phase"]
+    stretches = config.stretches
+    model.scorer = phases.scorer(config.during(stretches[min(reached, len(stretches) - 1)]))
     return model.to(device)
 
 

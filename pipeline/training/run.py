@@ -25,6 +25,7 @@ from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
 from pipeline.training.initial import start_from
+from pipeline.training.optim import scaled
 from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
 from pipeline.training.restore import evaluated_weights, identity
@@ -114,17 +115,17 @@ def _build(
     model = model.to(world.device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     seed_everything(config.seed, world)
-    engine = Engine(
-        model,
-        config,
-        world,
-        schedules.factor(config.schedule, planned.steps_per_epoch, config.train.epochs),
-    )
+
+    def build_engine(own: Config, steps: int) -> Engine:
+        own = scaled(own)
+        factor = schedules.factor(own.schedule, planned.steps_per_epoch, steps)
+        return Engine(model, own, world, factor)
+
     trainer = Trainer(
         config=config,
         world=world,
         model=model,
-        engine=engine,
+        build_engine=build_engine,
         average=average,
         loader=train_loader(
             planned.manifest,

@@ -12,12 +12,11 @@ ONE_CYCLE_START = 1 / 25
 ONE_CYCLE_END = 1 / 25e4
 
 
-def factor(schedule: Schedule, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
-    """Function of the optimizer step (from 0) that gives the factor on every base rate.
+def factor(schedule: Schedule, steps_per_epoch: int, total: int) -> Callable[[int], float]:
+    """Function of the optimizer step (from 0, of `total`) that gives the factor on every base rate.
 
     The value belongs to the update made at that step: step 0 is the first update.
     """
-    total = steps_per_epoch * epochs
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     shape = _SHAPES[schedule.name](schedule, steps_per_epoch, warmup, total)
 
@@ -37,6 +36,14 @@ def _constant(schedule: Schedule, per_epoch: int, start: int, total: int) -> Cal
 def _step(schedule: Schedule, per_epoch: int, start: int, total: int) -> Callable[[int], float]:
     edges = [round(milestone * per_epoch) for milestone in schedule.milestones]
     return lambda step: schedule.gamma ** sum(step >= edge for edge in edges)
+
+
+def _staircase(
+    schedule: Schedule, per_epoch: int, start: int, total: int
+) -> Callable[[int], float]:
+    every = schedule.every_steps
+    assert every is not None
+    return lambda step: float(schedule.gamma ** (step // every))
 
 
 def _cosine(schedule: Schedule, per_epoch: int, start: int, total: int) -> Callable[[int], float]:
@@ -61,4 +68,10 @@ def _anneal(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-_SHAPES = {"constant": _constant, "step": _step, "cosine": _cosine, "one_cycle": _one_cycle}
+_SHAPES = {
+    "constant": _constant,
+    "step": _step,
+    "staircase": _staircase,
+    "cosine": _cosine,
+    "one_cycle": _one_cycle,
+}

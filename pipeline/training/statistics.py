@@ -32,13 +32,23 @@ class LocalStatistics:
             yield
             return
         own = [buffer.clone() for buffer in self.buffers.values()]
-        total = world.sum(torch.cat([buffer.flatten() for buffer in own]))
-        means = (total / world.world_size).split([buffer.numel() for buffer in own])
-        self._set([mean.view_as(buffer) for mean, buffer in zip(means, own, strict=True)])
+        self.agree(world)
         try:
             yield
         finally:
             self._set(own)
+
+    def agree(self, world: World) -> None:
+        """Give every rank the mean over the ranks, for a phase in which they may be frozen.
+
+        In double precision the mean of equal numbers is that number, for any number of ranks.
+        """
+        if world.world_size == 1 or not self.buffers:
+            return
+        buffers = list(self.buffers.values())
+        total = world.sum(torch.cat([buffer.flatten().double() for buffer in buffers]))
+        means = (total / world.world_size).split([buffer.numel() for buffer in buffers])
+        self._set([mean.view_as(buffer) for mean, buffer in zip(means, buffers, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.buffers)

@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
 from pipeline.models import Network, Output
-from pipeline.training import statistics, steps
+from pipeline.training import phases, statistics, steps
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.training.engine import Engine
@@ -45,6 +45,7 @@ class Verdict(NamedTuple):
     bad: bool = False  # a loss is not finite
     stop: bool = False
     late: bool = False  # rank 0's clock asks for a checkpoint
+    over: bool = False  # the phase ends here
 
 
 class NonFiniteLoss(RuntimeError):
@@ -67,12 +68,18 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """How far training is; `keys_digest` chains the hash of this rank's ordered sample keys."""
+    """How far training is; `keys_digest` chains the hash of this rank's ordered sample keys.
+
+    `phase` counts from 0 and is the number of phases once all are done; `phase_start` is the step
+    that it began at.
+    """
 
     epoch: int = 0
     step: int = 0
     samples: int = 0
     keys_digest: str = ""
+    phase: int = 0
+    phase_start: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,8 +98,9 @@ class Trainer:
     """One run on one rank.
 
     Args:
-        evaluate: called with the step, on all ranks, after an epoch; of its metrics, the task's
-            score decides which checkpoint is the best.
+        build_engine: called with the configuration of a phase and its steps, when it begins.
+        evaluate: called with the step, on all ranks, after an epoch or a phase; of its metrics, the
+            task's score decides which checkpoint of the last phase is the best.
         shared: further parts of the state that are the same on all ranks.
         identity: what a checkpoint must agree on to be resumed here.
         stop_requested: asked at each step; one rank's wish stops all after the step.
@@ -105,7 +113,7 @@ class Trainer:
         config: Config,
         world: World,
         model: Network,
-        engine: Engine,
+        build_engine: Callable[[Config, int], Engine],
         loader: Loader,
         store: CheckpointStore,
         evaluate: Callable[[int], dict[str, float]],
@@ -118,10 +126,9 @@ class Trainer:
         on_step: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
         self.config = config
-        self.task = tasks.of(config)
         self.world = world
         self.model = model
-        self.engine = engine
+        self.build_engine = build_engine
         self.loader = loader
         self.store = store
         self.evaluate = evaluate
@@ -133,14 +140,17 @@ class Trainer:
         self.on_step = on_step
         self.progress = Progress()
         self.statistics = statistics.LocalStatistics(model)
-        self.shared: dict[str, Stateful] = {"engine": engine, "data": loader, **shared}
+        self.movement = phases.PolicyMovement(world)
+        self.shared: dict[str, Stateful] = {"data": loader, **shared}
         self.own: dict[str, Stateful] = {
             "progress": self.progress,
             "random": RandomStates(world.device),
             "statistics": self.statistics,
+            "movement": self.movement,
         }
         self.steps_per_epoch = loader.steps_per_epoch // config.train.accumulation
-        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self.lengths = [phases.most_steps(p, self.steps_per_epoch) for p in config.stretches]
+        self._begin_phase()
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._window = Window()
@@ -154,26 +164,61 @@ class Trainer:
             CheckpointError: the last checkpoint could not be written.
         """
         progress = self.progress
-        while progress.epoch < self.config.train.epochs:
+        while not self.finished:
             verdict = Verdict()
             for batch in self.loader:
                 verdict = self._micro_step(batch)
                 if not self.engine.updated:
                     continue
                 progress.step += 1
-                self._after_update()
                 stop = verdict.stop or (stop_after is not None and progress.step >= stop_after)
-                verdict = verdict._replace(stop=stop)
+                verdict = verdict._replace(stop=stop, over=self._phase_over())
+                self._after_update(verdict)
                 if progress.step % self.steps_per_epoch == 0:
-                    continue  # the epoch's last: what is due is done after the evaluation
-                if stop or self._checkpoint_due(verdict):
-                    self._save(must=stop)
-                if stop:
-                    return Outcome.INTERRUPTED
-            self._end_epoch(verdict)
-            if verdict.stop and progress.epoch < self.config.train.epochs:
+                    continue  # the epoch's last: what is due is done once the loader has ended it
+                self._settle(verdict, evaluate=verdict.over)
+                if stop or self.finished:
+                    break
+            else:
+                progress.epoch += 1
+                every = self.config.train.evaluate_every
+                self._settle(verdict, evaluate=verdict.over or progress.epoch % every == 0)
+            if verdict.stop and not self.finished:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.phase == len(self.lengths)
+
+    # -- phases --------------------------------------------------------------------------------
+
+    def _begin_phase(self) -> None:
+        """Freeze, thaw and build what the phase that `progress` is in needs; the last one stays."""
+        number = min(self.progress.phase, len(self.lengths) - 1)
+        self.phase, self.length = self.config.stretches[number], self.lengths[number]
+        phases.prepare(self.model, self.config, self.phase)
+        own = self.config.during(self.phase)
+        self.task = tasks.of(own)
+        self.engine: Engine = self.build_engine(own, self.length)
+        self.shared["engine"] = self.engine
+
+    def _phase_over(self) -> bool:
+        """After an optimizer step; collective where the policy decides."""
+        done = self.progress.step - self.progress.phase_start
+        settled = self.phase.until is not None and self.movement.settled(self.phase.until)
+        return done >= self.length or settled
+
+    def _end_phase(self) -> None:
+        if self.config.phases:
+            log.info("phase %s ended at step %d", self.phase.name, self.progress.step)
+        self.progress.phase += 1
+        self.progress.phase_start = self.progress.step
+        if not self.finished:
+            self.movement.restart()
+            self.statistics.agree(self.world)
+            self.engine.close()
+            self._begin_phase()
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -188,19 +233,21 @@ class Trainer:
             self._refuse(batch, terms)
         self.engine.step()
         self.progress.count(batch)
+        if self.phase.until:
+            self.movement.add(output)
         self._window.add(terms, self.task.training_metrics(output, batch), output)
         return verdict
 
     def _forward(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
         """The output, at the largest number of steps taken, and the loss terms of all taken."""
-        config, terms = self.config, dict[str, Tensor]()
-        for number, weight in steps.taken(
-            config.steps, config.seed, self.progress.step, self.engine.micro_batch
-        ):
+        config, terms, draws = self.config, dict[str, Tensor](), self.phase.draws
+        done = (self.progress.step - self.progress.phase_start) / max(1, self.length - 1)
+        taken = steps.taken(config.steps, config.seed, self.progress.step, self.engine.micro_batch)
+        for number, weight in taken * draws:
             output = self.engine.forward(batch.images, number)
-            found = self.task.loss_terms(output, batch, self.world)
+            found = self.task.loss_terms(output, batch, self.world, done)
             for name, term in found.items():
-                terms[name] = terms.get(name, 0.0) + weight * term
+                terms[name] = terms.get(name, 0.0) + weight / draws * term
         return output, terms
 
     def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
@@ -239,13 +286,13 @@ class Trainer:
             "optimizer.clip_norm, or look at those samples, in a new run"
         )
 
-    def _after_update(self) -> None:
+    def _after_update(self, verdict: Verdict) -> None:
         if self.average:
             self.average.update(self.model)
-        every = self.config.train.log_every
-        if self.progress.step % every == 0 or self.progress.step % self.steps_per_epoch == 0:
+        step, every = self.progress.step, self.config.train.log_every
+        if verdict.over or step % every == 0 or step % self.steps_per_epoch == 0:
             self._log_point()
-        self.on_step(self.progress.step, self.total_steps, self._latest)
+        self.on_step(step, sum(self.lengths), self._latest)
 
     def _log_point(self) -> None:
         window, self._window = self._window, Window()
@@ -254,32 +301,38 @@ class Trainer:
         if (scale := self.engine.loss_scale()) is not None:
             point["train/loss_scale"] = scale
         point["epoch"] = self.progress.step / self.steps_per_epoch
+        if self.config.phases:
+            point["phase"] = self.progress.phase + 1
         self._latest = point
         self.sink.metrics(point, self.progress.step)
 
     # -- epochs and checkpoints ----------------------------------------------------------------
 
-    def _end_epoch(self, verdict: Verdict) -> None:
-        """Evaluate if it is time, and save if there is a reason."""
-        progress, train = self.progress, self.config.train
-        progress.epoch += 1
-        last = progress.epoch == train.epochs
+    def _settle(self, verdict: Verdict, *, evaluate: bool) -> None:
+        """At a step's end: evaluate if asked, go on to the next phase if it is time, and save if
+        there is a reason.
+        """
         score = None
-        if last or progress.epoch % train.evaluate_every == 0:
+        if evaluate:
             with self.statistics.averaged(self.world):
-                metrics = self.evaluate(progress.step)
-            self.sink.metrics(metrics, progress.step)
+                metrics = self.evaluate(self.progress.step)
+            self.sink.metrics(metrics, self.progress.step)
             found = metrics[self.task.score]
-            score = found if math.isfinite(found) else None  # such weights are never the best
+            if math.isfinite(found) and self.progress.phase == len(self.lengths) - 1:
+                score = found  # other weights, and those of earlier phases, are never the best
             self._window = Window()  # the time of the evaluation is not training's
-        must = last or verdict.stop
+        if verdict.over:
+            self._end_phase()
+        must = self.finished or verdict.stop
         if must or self._is_best(score) or self._checkpoint_due(verdict):
             self._save(must=must, score=score)
 
     def _is_best(self, score: float | None) -> bool:
         """Rank 0's answer on all ranks: the others may see the folder in another state."""
+        if score is None:
+            return False
         best = self.store.best() if self.world.is_main else None
-        better = score is not None and (best is None or score > (best.score or 0.0))
+        better = best is None or score > (best.score or 0.0)
         return bool(self.world.broadcast(better))
 
     def _checkpoint_due(self, verdict: Verdict) -> bool:
@@ -333,8 +386,6 @@ class Trainer:
         load_model(self.model, checkpoint.path, checkpoint.load("model"))
         if self.average:
             self.average.load_state_dict(checkpoint.load("average"))
-        for name, part in self.shared.items():
-            part.load_state_dict(checkpoint.load(name))
         rank = self.world.rank if checkpoint.world_size == self.world.world_size else 0
         own = checkpoint.load(f"rank-{rank:05d}")
         if checkpoint.world_size != self.world.world_size:
@@ -348,4 +399,9 @@ class Trainer:
             own = {"progress": own["progress"]}
         for name, state in own.items():
             self.own[name].load_state_dict(state)
+        if self.progress.phase:
+            self.engine.close()
+            self._begin_phase()
+        for name, part in self.shared.items():
+            part.load_state_dict(checkpoint.load(name))
         self._saved_step = self.progress.step

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 
 from pipeline.models import create_model, list_models
 from pipeline.models.norms import BANKS, BatchNorm
+from pipeline.models.reset import MODELS as RESET
 from pipeline.models.routers import Gate, RandomDrop, Router
 from pipeline.models.stage import RecursiveCell
 
 SMALL = ["resnet20", "r_resnet16", "dr_resnet16", "sd_resnet20", "aig_resnet20"]
+POOLS = ["resnet_2_1_1", "reset_3x2"]
 LARGE = ["resnet50", "dr_resnet35", "aig_resnet50", "sd_resnet50", "dr_mobilenet_v2"]
 GATED = ("dr_", "aig_")
 REFUSED = {
@@ -32,18 +34,21 @@ def test_names():
         *("dr_resnet16", "dr_resnet32", "dr_resnet35", "dr_resnet40", "dr_resnet44", "dr_resnet47"),
         *("dr_resnet53", "dr_resnet54", "dr_resnet58", "dr_resnet65", "dr_resnet66", "dr_resnet74"),
     ]
-    assert list_models("resnet*") == ["resnet101", "resnet110", "resnet20", "resnet50", "resnet56"]
+    static = ["resnet101", "resnet110", "resnet20", "resnet50", "resnet56"]
+    assert [name for name in list_models("resnet*") if name not in RESET] == static
     assert list_models("*mobilenet*") == ["dr_mobilenet_v2", "mobilenet_v2", "r_mobilenet_v2"]
     assert [name.removeprefix("r_") for name in list_models("r_*")] == [
         name.removeprefix("dr_") for name in list_models("dr_*")
     ]
     for prefix in ("sd_", "aig_"):
-        assert list_models(f"{prefix}*") == [prefix + name for name in list_models("resnet*")]
+        assert list_models(f"{prefix}*") == [prefix + name for name in static]
     assert list_models("vgg*") == []
     assert list_models("rc_*3_*") == [f"rc_{kind}3_{n}" for kind in "rs" for n in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith("rc_")])
+@pytest.mark.parametrize(
+    "name", [n for n in list_models() if not n.startswith("rc_") and n not in RESET]
+)
 def test_every_norm_with_every_router_builds_or_is_refused(name):
     for norm in BANKS:
         reason = REFUSED.get((_router(name), norm))
@@ -122,14 +127,16 @@ def test_every_parameter_has_one_role(name):
     assert counted["norm"] == sum(2 * norm.num_features for norm in norms)
     cells = [m for m in model.modules() if isinstance(m, RecursiveCell)]
     recursive = [cell for cell in cells if cell.steps > 1]
-    convolutions = [m for c in recursive for m in c.modules() if isinstance(m, torch.nn.Conv2d)]
+    used = [*recursive, *(unit for pool in model.pools for unit in pool.units)]
+    convolutions = [m for c in used for m in c.modules() if isinstance(m, torch.nn.Conv2d)]
     assert counted["shared"] == sum(m.weight.numel() for m in convolutions)
     gates = [m for m in model.modules() if isinstance(m, Gate)]
     gated = {"dr_": recursive, "aig_": cells}.get(name.partition("_")[0] + "_", [])
     assert len(gates) == len(gated)
     linear = [m for gate in gates for m in gate.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linear) == len(gates) * (1 if "mobilenet" in name else 2)
-    assert counted["gate"] == sum(m.weight.numel() + m.out_features for m in linear)
+    chosen = sum(p.numel() for pool in model.pools for p in pool.controller.parameters())
+    assert counted["gate"] == chosen + sum(m.weight.numel() + m.out_features for m in linear)
 
 
 def test_roles_of_the_smallest_dynamic_network():
@@ -143,7 +150,7 @@ def test_roles_of_the_smallest_dynamic_network():
     assert roles["classifier.weight"] == "rest"
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL + POOLS)
 def test_state_survives_a_round_trip(name, tmp_path):
     model = _model(name)
     model(torch.randn(4, 3, 32, 32))
@@ -154,7 +161,7 @@ def test_state_survives_a_round_trip(name, tmp_path):
     assert torch.equal(model.eval()(images).logits, other.eval()(images).logits)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL + POOLS)
 def test_training_uses_every_parameter_and_is_repeatable(name):
     first, second = _model(name), _model(name)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
@@ -175,7 +182,7 @@ def test_training_uses_every_parameter_and_is_repeatable(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # Convolutions in fp16 are slow on CPUs: one network has all that could go wrong.
-    [*((name, torch.bfloat16) for name in SMALL), ("dr_resnet16", torch.float16)],
+    [*((name, torch.bfloat16) for name in SMALL + POOLS), ("dr_resnet16", torch.float16)],
 )
 def test_autocast_trains_and_keeps_the_statistics_fp32(name, dtype):
     model, reference = _model(name), _model(name)

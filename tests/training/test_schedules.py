@@ -23,7 +23,7 @@ def torchs(build: object, **options: object) -> list[float]:
 
 
 def ours(**options: object) -> list[float]:
-    at = factor(Schedule(**options), PER_EPOCH, EPOCHS)
+    at = factor(Schedule(**options), PER_EPOCH, TOTAL)
     return [at(step) for step in range(TOTAL)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.models.norms import BatchNorm
 from pipeline.models.pooling import global_average
+from pipeline.models.precision import without_autocast
 from pipeline.models.routers.base import Router
 
 INITIAL_RATE = 0.85
@@ -64,7 +64,7 @@ class Gate(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> decision (N,), exactly 0 or 1."""
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             features = global_average(x, torch.float32)
             if self.hidden is not None:
                 features = self.hidden(features)
@@ -79,9 +79,3 @@ class Gate(Router):
             # Eq. 10. The bracket is exactly zero forward; F.gumbel_softmax leaves rounding errors.
             decision: Tensor = hard + (soft - soft.detach())
             return decision
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # shapes alone are followed on "meta", which knows no autocast
