@@ -60,7 +60,8 @@ class Manifest:
 
     ``task`` is what the images are for. Images for denoising are their own targets: they have no
     labels, and their set has the one class that all of them are of. ``evaluation_split`` names the
-    split to evaluate on in a set that has several besides ``train``.
+    split to evaluate on in a set that has several besides ``train``, or that has no ``train`` and
+    is for evaluation alone.
     """
 
     root: Path = field(compare=False)
@@ -92,6 +93,11 @@ class Manifest:
                 f"prepare a source that has one"
             )
         return self.splits[TRAIN]
+
+    @property
+    def measured(self) -> str:
+        """The split whose pixels the channel mean and std are of: train where there is one."""
+        return TRAIN if TRAIN in self.splits else self.evaluation.name
 
     @property
     def evaluation(self) -> Split:
@@ -162,8 +168,8 @@ class Manifest:
             return f"task {self.task!r} is not one of {', '.join(TASKS)}"
         if self.task == DENOISING and len(self.classes) != 1:
             return f"a set for {DENOISING} has {len(self.classes)} classes and not one"
-        if TRAIN not in self.splits:
-            return f"it has no split {TRAIN!r}"
+        if TRAIN not in self.splits and self.evaluation_split is None:
+            return f"it has no split {TRAIN!r} and names none to evaluate on"
         if self.evaluation_split not in (None, *(self.splits.keys() - {TRAIN})):
             return f"the split to evaluate on, {self.evaluation_split!r}, is none of its splits"
         for key, split in self.splits.items():

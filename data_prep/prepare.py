@@ -244,7 +244,8 @@ def _manifest(
         shards.setdefault(shard_plan.split, []).extend([packed.shard] if packed.shard else [])
     _refuse_empty(listing, shards, rejected)
     _warn_of_gaps(listing, parts)
-    mean, std = parts[TRAIN].channel_statistics()
+    measured = TRAIN if TRAIN in parts else str(listing.evaluation_split)
+    mean, std = parts[measured].channel_statistics()
     accepted = sum(total.counts)
     return Manifest(
         root=folder,
@@ -274,7 +275,7 @@ def _manifest(
 def _refuse_empty(
     listing: Listing, shards: dict[str, list[Shard]], rejected: list[Rejection]
 ) -> None:
-    for split in sorted({TRAIN, *shards}):
+    for split in sorted({listing.evaluation_split or TRAIN, *shards}):
         if not shards.get(split):
             reasons = [entry for entry in rejected if entry.split == split] or rejected
             first = f", the first reason is {reasons[0].reason!r}" if reasons else ""
@@ -285,7 +286,7 @@ def _refuse_empty(
 
 
 def _warn_of_gaps(listing: Listing, parts: dict[str, Facts]) -> None:
-    if len(parts) == 1:
+    if parts.keys() == {TRAIN}:
         logger.warning("%s has no val or test: nothing to evaluate on", listing.name)
     for split, facts in sorted(parts.items()):
         empty = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.facts import Facts
 from data_prep.images import RejectedImageError, check, own_pixel_limit
-from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, REJECTED_NAME, TRAIN, Manifest, Shard
+from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, REJECTED_NAME, Manifest, Shard
 from data_prep.parallel import run_parallel
 from data_prep.writer import checksum, index_bytes, index_line
 
@@ -207,7 +207,7 @@ def _check_sums(manifest: Manifest, parts: list[tuple[str, Facts]]) -> list[Find
     for name, facts in parts:
         total.add(facts)
         by_split[name].add(facts)
-    mean, std = by_split[TRAIN].channel_statistics()
+    mean, std = by_split[manifest.measured].channel_statistics()
     pairs: list[tuple[str, Any, Any]] = [
         *(
             (f"counts of {name}", manifest.splits[name].counts, tuple(facts.counts))

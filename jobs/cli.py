@@ -27,7 +27,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument(
-    "source_kind", metavar="KIND", type=click.Choice(["digits", "folder", "cifar", "bsd"])
+    "source_kind",
+    metavar="KIND",
+    type=click.Choice(["digits", "folder", "cifar", "cifar10.1", "bsd"]),
 )
 @click.option("--source", type=ANY_PATH, help="File or folder with the images; digits needs none.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
@@ -47,8 +49,9 @@ def prep(
     """Prepare images as WebDataset shards with DALI indices and a manifest.
 
     KIND is digits (scikit-learn's handwritten digits), folder (class folders below train/ and
-    val/ or test/, or a tar of them), cifar (the original python batches, or class folders) or bsd
-    (the Berkeley images for denoising, in DnCNN's folders train400/, test68/ and test12/).
+    val/ or test/, or a tar of them), cifar (the original python batches, or class folders),
+    cifar10.1 (the folder of its two arrays, a second test set) or bsd (the Berkeley images for
+    denoising, in DnCNN's folders train400/, test68/ and test12/).
     """
     from data_prep.manifest import CLASSIFICATION
     from data_prep.prepare import prepare

@@ -6,12 +6,14 @@ from pathlib import Path
 from data_prep.listing import Source
 from data_prep.sources.bsd import BsdSource
 from data_prep.sources.cifar import CifarSource
+from data_prep.sources.cifar10_1 import Cifar101Source
 from data_prep.sources.digits import DigitsSource
 from data_prep.sources.image_folder import ImageFolderSource
 
 _WITH_PATH: dict[str, Callable[[Path], Source]] = {
     "folder": ImageFolderSource,
     "cifar": CifarSource,
+    "cifar10.1": Cifar101Source,
     "bsd": BsdSource,
 }
 SOURCES = ("digits", *_WITH_PATH)

@@ -91,7 +91,9 @@ def _list_batches(layout: _Layout, tree: Tree, files: dict[str, File], scratch: 
         for split, name in layout.batches:
             batch = _unpickle(tree, files[name])
             images = _images(_entry(batch, b"data", name), name)
-            labels = _labels(_entry(batch, layout.labels, name), name, len(images), len(classes))
+            labels = check_labels(
+                _entry(batch, layout.labels, name), name, len(images), len(classes)
+            )
             start = file.tell()
             content = images.tobytes()
             digest.update(content)
@@ -123,7 +125,7 @@ def _images(data: Any, name: str) -> np.ndarray:
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
 
 
-def _labels(values: Any, name: str, images: int, classes: int) -> list[int]:
+def check_labels(values: Any, name: str, images: int, classes: int) -> list[int]:
     labels = [int(value) for value in values]
     if len(labels) != images:
         raise ValueError(f"{name} has {len(labels)} labels for {images} images: fetch it again")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,15 +85,9 @@ def columns(run: Run, evaluation: Evaluation) -> list[Column]:
     Raises:
         ValueError: the shard set is gone, damaged, or not the one that was evaluated.
     """
-    if run.manifest is None:
-        raise ValueError("The images cannot be shown: " + "; ".join(run.notes))
-    manifest, samples = run.manifest, evaluation.samples
+    samples = evaluation.samples
     assert isinstance(samples, Samples)
-    counts = np.bincount(samples.labels, minlength=len(manifest.classes))
-    if counts.tolist() != list(manifest.evaluation.counts):
-        raise _not_evaluated(manifest)
-    shards = ShardSet(manifest, manifest.evaluation)
-    try:
+    with _stored(run, samples) as (manifest, shards):
         return [
             Column(
                 manifest.classes[found.label],
@@ -100,6 +96,31 @@ def columns(run: Run, evaluation: Evaluation) -> list[Column]:
             )
             for found in pick(samples)
         ]
+
+
+def examples_of(run: Run, evaluation: Evaluation, indices: tuple[int, ...]) -> list[Example]:
+    """The samples at these places of the split, with their images.
+
+    Raises:
+        ValueError: the shard set is gone, damaged, or not the one that was evaluated.
+    """
+    samples = evaluation.samples
+    assert isinstance(samples, Samples)
+    with _stored(run, samples) as (manifest, shards):
+        return _examples(manifest, shards, samples, indices)
+
+
+@contextmanager
+def _stored(run: Run, samples: Samples) -> Iterator[tuple[Manifest, ShardSet]]:
+    if run.manifest is None:
+        raise ValueError("The images cannot be shown: " + "; ".join(run.notes))
+    manifest = run.manifest
+    counts = np.bincount(samples.labels, minlength=len(manifest.classes))
+    if counts.tolist() != list(manifest.evaluation.counts):
+        raise _not_evaluated(manifest)
+    shards = ShardSet(manifest, manifest.evaluation)
+    try:
+        yield manifest, shards
     finally:
         shards.close()
 

@@ -68,12 +68,24 @@ class Picture:
 @contextmanager
 def drawing(picture: Picture, width: float = 4.3, height: float = 2.7) -> Iterator[Axes]:
     """Axes to draw on, in inches; leaving the block turns them into the picture's SVG."""
+    with panels(picture, 1, 1, width, height) as axes:
+        yield axes[0][0]
+
+
+@contextmanager
+def panels(
+    picture: Picture, rows: int, columns: int, width: float, height: float
+) -> Iterator[list[list[Axes]]]:
+    """Rows of axes that share their scales, as `drawing` one."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        yield figure.add_subplot(facecolor="none")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat:
+            axes.set_facecolor("none")
+        yield grid.tolist()
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)

@@ -17,6 +17,9 @@ _TERMS = {
     "train/loss": "all terms",
     "train/cross_entropy": "cross entropy",
     "train/execution_rate": "execution rate",
+    "train/different_routes": "different routes",
+    "train/decided_routes": "decided routes",
+    "train/skip_reward": "skip reward not taken",
     "train/squared_error": "half the squared error of a patch",
     "eval/loss": "cross entropy, evaluation",
 }
@@ -40,7 +43,7 @@ def draw(run: Run) -> list[Picture]:
 
 def _loss(run: Run) -> Picture | None:
     found = {name: run.series(name) for name in _TERMS if name in run.history}
-    if "train/execution_rate" not in found:
+    if sum(name.startswith("train/") for name in found) == 2:
         # The only term is the sum: two curves would be one on top of the other.
         found.pop("train/loss", None)
     if not found:

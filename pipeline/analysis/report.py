@@ -15,12 +15,16 @@ from pipeline.analysis import (
     examples,
     execution_rates,
     learning_curves,
+    neighbours,
+    phases,
+    policies,
     restorations,
     step_histogram,
 )
 from pipeline.analysis.contents import Run
 from pipeline.config import Config
 from pipeline.run_directory import RunDirectory
+from pipeline.tasks.classification import Samples
 
 # Where a run's files are and how fast they are read does not decide what it learns.
 _MATTERS_NOT = ("data.path", "data.reader", "data.workers", "data.eval_batch_size", "experiment")
@@ -65,6 +69,10 @@ def render(run: Run, beside: Sequence[Run] = ()) -> str:
         rates=execution_rates.draw(run),
         rate_table=execution_rates.table(run),
         most_steps=max((cell.steps for cell in run.cost.cells.values()), default=0),
+        phases=phases.table(run),
+        length=_length(run.config),
+        gap=_gap(run),
+        **_policies(run),
         **_executed_steps(run),
         **(_examples(run) if run.config.task == CLASSIFICATION else _restorations(run)),
     )
@@ -95,6 +103,46 @@ def quoted(config: Config) -> Quote | None:
         if own.get(key) != original.get(key) and key not in _MATTERS_NOT
     ]
     return Quote(recipe.reported, changes)
+
+
+def _length(config: Config) -> str:
+    epochs = config.train.epochs
+    return f"{epochs} epochs" if epochs is not None else f"{len(config.phases)} phases"
+
+
+def _gap(run: Run) -> list[tuple[str, float, float]]:
+    """Sets of the same task beside the run's own: name, top-1, and what is lost to it.
+
+    CIFAR-10.1 beside CIFAR-10 is what ReSet's tables call the gap.
+    """
+    if run.config.task != CLASSIFICATION or len(run.evaluations) < 2:
+        return []
+    own, *others = [(found.name, found.summary) for found in run.evaluations]
+    return [
+        (name, summary.results["top1"], own[1].results["top1"] - summary.results["top1"])
+        for name, summary in others
+        if summary.step_choice == own[1].step_choice
+    ]
+
+
+def _policies(run: Run) -> dict[str, Any]:
+    """ReSet's Fig. 4 to 6; all empty for a network without controllers."""
+    found: dict[str, Any] = {"evolution": policies.evolution(run), "deviations": None}
+    found |= {"neighbours": [], "no_neighbours": "", "score_units": 0}
+    if run.main is None:
+        return found
+    found["deviations"] = policies.deviations(run.main)
+    if found["deviations"] is None:
+        return found
+    samples = run.main.samples
+    assert isinstance(samples, Samples)
+    names: list[str] = samples.components.tolist()
+    found["score_units"] = policies.units(policies.components(names))
+    try:
+        found["neighbours"] = neighbours.draw(run, run.main)
+    except (OSError, ValueError) as error:
+        found["no_neighbours"] = str(error)
+    return found
 
 
 def _executed_steps(run: Run) -> dict[str, Any]:

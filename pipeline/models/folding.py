@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.models.network import Network
 from pipeline.models.norms import NormBank
+from pipeline.models.pool import Pool
 from pipeline.models.stage import RecursiveCell, Stage
 
 Fold = Literal["mean", "first"]
@@ -28,8 +29,12 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     the static network has not, stay as they are. As there are floor((cells - 1) / steps) recursive
     cells (Sec. 4.1), the last cells of a stage may be left over, fewer than a cell has steps.
 
+    A pool takes the blocks of a static stage as its units, the norms of all iterations alike
+    (ReSet Sec. 5.1); from a network with controllers it takes everything.
+
     Args:
-        saved: state of a network of the same family whose cells are all used once.
+        saved: state of a network of the same family whose cells are all used once, or of the same
+            network with pools.
 
     Raises:
         ValueError: names or shapes that do not fit; the message has them.
@@ -40,6 +45,10 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     for prefix, module in model.named_modules():
         if isinstance(module, Stage):
             _fold_stage(prefix, module, saved, sources, spare)
+        elif isinstance(module, Pool) and not any(
+            name.startswith(f"{prefix}.controller.") for name in saved
+        ):
+            _fill_pool(prefix, module, sources)
     used = {name for names in sources.values() for name in names}
     odd = [f"{name} (missing)" for name in used - saved.keys()]
     odd += [f"{name} (unknown)" for name in saved.keys() - used - spare]
@@ -89,10 +98,24 @@ def _fold_stage(
         spare |= {name for name, place in theirs.items() if place >= position}
 
 
+def _fill_pool(prefix: str, pool: Pool, sources: dict[str, list[str]]) -> None:
+    """Enter in `sources` what the units are made of; a controller keeps its own weights."""
+    for name in pool.state_dict(prefix=f"{prefix}."):
+        if name.startswith(f"{prefix}.controller."):
+            sources[name] = []
+    for ours, theirs in _names_with_one_step(pool.units).items():
+        sources[f"{prefix}.units.{ours}"] = [f"{prefix}.units.{theirs}"]
+
+
 def _names_in_a_static_cell(cell: RecursiveCell) -> dict[str, str]:
     """Names of the cell's tensors -> what the same tensors are called with one step."""
-    names = {name: name for name in cell.cell.state_dict(prefix="cell.")}
-    for prefix, bank in cell.named_modules():
+    names = _names_with_one_step(cell.cell)
+    return {f"cell.{ours}": f"cell.{theirs}" for ours, theirs in names.items()}
+
+
+def _names_with_one_step(module: nn.Module) -> dict[str, str]:
+    names = {name: name for name in module.state_dict()}
+    for prefix, bank in module.named_modules():
         if isinstance(bank, NormBank):
             for index, norm in enumerate(bank.norms):
                 for name in norm.state_dict():

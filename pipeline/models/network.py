@@ -32,6 +32,19 @@ class Output(NamedTuple):
         return tuple(found.values())
 
     @property
+    def components(self) -> list[str]:
+        """Names of the policies' weights in order: `<pool>/<iteration>/<unit>`, both from 1.
+
+        The last unit of a pool is its zero unit.
+        """
+        return [
+            f"{policy.pool}/{iteration + 1}/{unit + 1}"
+            for policy in self.policies
+            for iteration in range(policy.weights.shape[1])
+            for unit in range(policy.weights.shape[2])
+        ]
+
+    @property
     def logits(self) -> Tensor:
         """The prediction of classification by its usual name."""
         return self.prediction

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,6 +52,10 @@ class Samples(task.Samples):
     predictions: np.ndarray  # int64
     losses: np.ndarray  # float32
     steps: np.ndarray  # (samples, recursive cells) int64: executed steps of each cell
+    # Route vectors: the weights that controllers gave their units, (samples, components) float32,
+    # and the components' names, `<pool>/<iteration>/<unit>`; none without controllers.
+    routes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    components: np.ndarray = field(default_factory=lambda: np.zeros(0, np.str_))
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Classification(Task):
             "predictions": ranked[:, 0].cpu().numpy(),
             "in_top5": (ranked == labels[:, None]).any(1).cpu().numpy(),
             "losses": F.cross_entropy(logits, labels, reduction="none").cpu().numpy(),
+            "routes": _route_vectors(output),
+            "components": output.components,
         }
 
     def conclude(
@@ -94,4 +100,11 @@ class Classification(Task):
             top5=float(joined(parts, "in_top5").mean()),
             loss=float(losses.astype(np.float64).mean()),
         )
-        return summary, Samples(keys, labels, predictions, losses, steps)
+        routes, components = joined(parts, "routes"), np.array(parts[0]["components"], np.str_)
+        return summary, Samples(keys, labels, predictions, losses, steps, routes, components)
+
+
+def _route_vectors(output: Output) -> np.ndarray:
+    """(samples, components), in the order of `Output.components`."""
+    found = [policy.weights.flatten(1).cpu().numpy() for policy in output.policies]
+    return np.concatenate(found, 1) if found else np.zeros((len(output.prediction), 0), np.float32)

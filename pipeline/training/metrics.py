@@ -39,13 +39,7 @@ class Window:
             for route in output.routes if not output.policies else ():
                 steps = range(1, route.executed.shape[1] + 1)
                 self._names += [f"rate/{route.cell}/{step}" for step in steps]
-            for policy in output.policies:
-                iterations, components = policy.weights.shape[1:]
-                self._names += [
-                    f"score/{policy.pool}/{iteration + 1}/{component + 1}"
-                    for iteration in range(iterations)
-                    for component in range(components)
-                ]
+            self._names += [f"score/{name}" for name in output.components]
             self._sums, self._terms = values, len(terms)
         else:
             self._sums = self._sums + values

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pipeline.models import create_model, list_models
 from pipeline.models.cost import measure
+from pipeline.models.folding import fold
 from pipeline.models.norms import Step
 from pipeline.models.pool import Pool
 from pipeline.models.reset import MODELS
@@ -118,16 +119,11 @@ def test_the_sequential_policy_is_the_static_network():
     images = torch.randn(4, 3, 32, 32)
     static.train()(images)  # statistics that are not those of a fresh network
     static.eval()
-    state = static.state_dict()
-    own = model.state_dict()
-    for name in own:
-        if "controller" in name:
-            continue
-        parts = name.split(".")
-        if "norms" in parts:
-            parts[parts.index("norms") + 1] = "0"
-        own[name] = state[".".join(parts)]
-    model.load_state_dict(own)
+    before = model.state_dict()["stages.0.pool.controller.scores.weight"].clone()
+    model.load_state_dict(fold(static.state_dict(), model, "mean"))
+    assert torch.equal(model.state_dict()["stages.0.pool.controller.scores.weight"], before)
+    again = fold(model.state_dict(), _model("reset38_6x6"), "mean")  # of a network with pools: all
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
     class Sequential(torch.nn.Module):
         def forward(self, x, state, step):
