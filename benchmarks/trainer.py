@@ -178,7 +178,7 @@ class Bench:
             config=self.config,
             world=self.world,
             model=model,
-            engine=Engine(model, self.config, self.world, lambda step: 1.0),
+            build_engine=lambda own, _: Engine(model, own, self.world, lambda step: 1.0),
             loader=loader,
             store=CheckpointStore(self.folder / name, self.world, keep_last=1),
             evaluate=lambda: {"eval/top1": 0.0},

@@ -203,6 +203,27 @@ def evaluate(
 
 @cli.command()
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option("--data", type=FOLDER, help="Another shard set of the same classes.")
+@click.option("--split", help="Another split of the set than the one to evaluate on.")
+@click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
+@click.option("--out", type=ANY_PATH, help="File to write; default: in the run directory.")
+@QUIET
+def embed(
+    run_dir: Path, data: Path | None, split: str | None, best: bool, out: Path | None, quiet: bool
+) -> None:
+    """Write the routes that a ReSet network chooses, one vector for each image.
+
+    The file is a NumPy archive (npz) of the images' keys and labels, the route vectors and the
+    names of their components: pool, iteration and unit.
+    """
+    from jobs import console, tasks
+
+    console.configure(quiet)
+    click.echo(tasks.Embed(tasks.Evaluate(run_dir, data, split, best, quiet), out)())
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
 @click.option(
     "--beside",
     type=FOLDER,

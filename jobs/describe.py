@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 if TYPE_CHECKING:
     from pipeline.tasks import Summary
-    from pipeline.training.plan import Plan
+    from pipeline.training.plan import Plan, Stretch
 
 
 def _table(rows: list[list[object]], headers: list[str]) -> str:
@@ -29,17 +29,23 @@ def plan(planned: Plan) -> str:
     what = f"{classes} classes" if sigma is None else f"noise of sigma {sigma:g} of 255"
     train = config.train
     rows: list[list[object]] = [
-        [group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"]
-        for group in planned.groups
+        [
+            *([stretch.phase.name] if config.phases else []),
+            *(group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"),
+        ]
+        for stretch in planned.stretches
+        for group in stretch.groups
     ]
+    heads = [*(["phase"] if config.phases else []), "group", "parameters", "lr", "weight decay"]
     return "\n".join(
         [
             f"{config.name}: {config.model} on {manifest.name} ({manifest.train.samples:,} "
             f"{manifest.train.name}, {manifest.evaluation.samples:,} {manifest.evaluation.name} "
             f"images, {what})",
-            f"{train.epochs} epochs of {planned.steps_per_epoch} steps, batch {train.batch_size}, "
+            f"{_length(planned)}, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
             f"{config.schedule.name} schedule, seed {config.seed}",
+            *(_phase(stretch) for stretch in planned.stretches if config.phases),
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
             *(
@@ -47,8 +53,24 @@ def plan(planned: Plan) -> str:
                 for steps, one in planned.costs.items()
                 if steps is not None
             ),
-            _table(rows, ["group", "parameters", "lr", "weight decay"]),
+            _table(rows, heads),
         ]
+    )
+
+
+def _length(planned: Plan) -> str:
+    epochs, steps = planned.config.train.epochs, planned.steps_per_epoch
+    if epochs is not None:
+        return f"{epochs} epochs of {steps} steps"
+    return f"{len(planned.stretches)} phases, epochs of {steps} steps"
+
+
+def _phase(stretch: Stretch) -> str:
+    phase, own = stretch.phase, stretch.config
+    most = "at most " if phase.until else ""
+    return (
+        f"phase {phase.name}: {', '.join(phase.trains)} for {most}{stretch.steps:,} steps, "
+        f"{own.optimizer.name}, {own.schedule.name} schedule, scorer {own.scorer.name}"
     )
 
 

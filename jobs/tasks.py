@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -226,6 +227,52 @@ class Evaluate:
         loader.close()
         world.stop()
         return results
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the route vectors of a shard set's images, as a ReSet network chooses them."""
+
+    evaluate: Evaluate
+    out: Path | None = None
+
+    def __call__(self) -> Path:
+        """The file, a NumPy archive: `keys`, `labels`, `routes` (images, components) float32, and
+        `components`, their names.
+
+        Raises:
+            ValueError: the network has no controllers.
+        """
+        import numpy as np
+        import torch
+
+        from data_prep.files import write_atomically
+        from pipeline.models import create_model
+        from pipeline.run_directory import RunDirectory
+        from pipeline.tasks.classification import Samples
+
+        directory = RunDirectory(self.evaluate.run)
+        config = directory.read_config()
+        with torch.device("meta"):
+            pools = create_model(config.model, **config.model_options).pools
+        if not pools:
+            raise ValueError(
+                f"{self.evaluate.run} is a run of model={config.model}, which has no controllers "
+                "and so no routes to embed: give a run of a network with pools (reset*)"
+            )
+        ((_, folder),) = self.evaluate()
+        samples = Samples.load(folder / "samples.npz")
+        content = io.BytesIO()
+        np.savez_compressed(
+            content,
+            keys=samples.keys,
+            labels=samples.labels,
+            routes=samples.routes,
+            components=samples.components,
+        )
+        out = self.out or directory.path / f"routes-{folder.name}.npz"
+        write_atomically(out, content.getvalue())
+        return out
 
 
 def _running_total(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
