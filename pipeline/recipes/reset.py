@@ -141,6 +141,39 @@ def incremental() -> Config:
     )
 
 
+def digits(
+    name: str, model: str, phases: Sequence[Phase] = (), pretrained: str | None = None, **more: Any
+) -> Config:
+    """Minutes on one core: handwritten digits at 16x16 pixels, a pool in the third stage."""
+    start = Path(f"runs/reset-digits-{pretrained}-short-seed0")
+    values: dict[str, Any] = {
+        "init_from": InitFrom(path=start) if pretrained else None,
+        # Digits have no mirror images.
+        "data": Data(
+            path=Path("data/digits"),
+            augment=Augmentation(crop="random_resized", scale=(0.7, 1.0), size=16, eval_resize=16),
+        ),
+        "optimizer": Optimizer(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        "schedule": Schedule(name="one_cycle"),
+        "train": Train(epochs=None if phases else 10, batch_size=32, evaluate_every=5),
+    }
+    return Config(name=f"reset/digits/{name}-short", model=model, phases=phases, **values | more)
+
+
+def digits_controller(controller: str) -> Config:
+    """Sec. 5.1: the controller alone, on the blocks of a trained ResNet 1-1-5."""
+    alone = _controller(
+        optimizer=_CONTROLLER.model_copy(update={"lr": 3e-3}), schedule=Schedule(), steps=1000
+    )
+    return digits(
+        f"controller-{controller}",
+        "reset_1_1_5",
+        [alone],
+        "resnet_1_1_5",
+        model_options={"controller": controller},
+    )
+
+
 _ADAM_SECTIONS: dict[str, Any] = {"optimizer": _ADAM, "schedule": _ADAM_SCHEDULE}
 _POOLED = "reset38"
 # Table 2, by its number N: accuracy on CIFAR-10 and CIFAR-10.1, what it is, and how it is trained.
@@ -266,4 +299,22 @@ RECIPES |= {
     ),
     "reset/cifar10/two_phase": Recipe(two_phase, "controllers and units in turns"),
     "reset/cifar10/incremental": Recipe(incremental, "unfrozen from the last layers to the first"),
+}
+RECIPES |= {
+    "reset/digits/resnet_1_1_5-short": Recipe(
+        partial(digits, "resnet_1_1_5", "resnet_1_1_5"), "static baseline; minutes on one core"
+    ),
+    "reset/digits/reset_1_1_5-short": Recipe(
+        partial(digits, "reset_1_1_5", "reset_1_1_5"), "softmax; minutes on one core"
+    ),
+    "reset/digits/reset_1_1_5-entropy-short": Recipe(
+        partial(digits, "reset_1_1_5-entropy", "reset_1_1_5", loss=_ENTROPY),
+        "softmax, entropy; minutes on one core",
+    ),
+}
+RECIPES |= {
+    f"reset/digits/controller-{kind}-short": Recipe(
+        partial(digits_controller, kind), f"{about} controller alone; minutes on one core"
+    )
+    for kind, about in (("rnn", "recurrent"), ("cnn", "convolutional"))
 }
