@@ -62,7 +62,8 @@ def _length(planned: Plan) -> str:
     epochs, steps = planned.config.train.epochs, planned.steps_per_epoch
     if epochs is not None:
         return f"{epochs} epochs of {steps} steps"
-    return f"{len(planned.stretches)} phases, epochs of {steps} steps"
+    phases = len(planned.stretches)
+    return f"{phases} phase{'s' if phases > 1 else ''}, epochs of {steps} steps"
 
 
 def _phase(stretch: Stretch) -> str:

@@ -254,7 +254,7 @@ class Convergence(_Section):
     window: int = Field(default=100, gt=0, description="optimizer steps")
 
 
-_PARTS = "all, controller, units, norms, statistics, stem, stage1, stage2, ..., classifier"
+_PARTS = "all, controller, body, units, norms, statistics, stem, stage1, stage2, ..., classifier"
 
 
 class Phase(_Section):

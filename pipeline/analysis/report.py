@@ -107,7 +107,9 @@ def quoted(config: Config) -> Quote | None:
 
 def _length(config: Config) -> str:
     epochs = config.train.epochs
-    return f"{epochs} epochs" if epochs is not None else f"{len(config.phases)} phases"
+    if epochs is not None:
+        return f"{epochs} epochs"
+    return f"{len(config.phases)} phase{'s' if len(config.phases) > 1 else ''}"
 
 
 def _gap(run: Run) -> list[tuple[str, float, float]]:

@@ -24,7 +24,7 @@ class Selection(NamedTuple):
 def select(network: Network, parts: Collection[str]) -> Selection:
     """What the named parts consist of.
 
-    `all`; `controller`: controllers and gates; `units`: cells used at more than one step; `norms`:
+    `all`; `controller`: controllers and gates; `body`: everything else; `units`: cells used at more than one step; `norms`:
     every batch norm; `stage1`, `stage2`, ...; `stem` and `classifier`: what is before and after the
     stages. A part includes the norms within. The statistics of a norm move where its parameters
     train; `statistics` are those of all norms.
@@ -64,8 +64,11 @@ def _modules(network: Network, part: str) -> list[nn.Module]:
         case "all":
             found: list[nn.Module] = [network]
         case "controller":
-            kinds = (Router, Controller)
-            found = [m for m in network.modules() if isinstance(m, kinds) and [*m.parameters()]]
+            found = [module for module in _choosers(network) if [*module.parameters()]]
+        case "body":
+            outside = {id(m) for chooser in _choosers(network) for m in chooser.modules()}
+            leaves = [m for m in network.modules() if not [*m.children()]]
+            found = [leaf for leaf in leaves if id(leaf) not in outside]
         case "units":
             cells = [m for m in network.modules() if isinstance(m, RecursiveCell)]
             found = [unit for pool in network.pools for unit in pool.units]
@@ -85,3 +88,7 @@ def _modules(network: Network, part: str) -> list[nn.Module]:
             "out of what trains"
         )
     return found
+
+
+def _choosers(network: Network) -> list[nn.Module]:
+    return [m for m in network.modules() if isinstance(m, Router | Controller)]

@@ -109,13 +109,13 @@ def relaxation(name: str, reward: float) -> Config:
 
 
 def two_phase() -> Config:
-    """Sec. 5.4.1: controllers and units in turns, a constant number of batches each."""
+    """Sec. 5.4.1: controllers and all else in turns, a constant number of batches each."""
     phases = []
     for turn, lr in enumerate([0.1] * 8 + [0.01] * 4 + [0.001] * 4):
         sgd = _SGD.model_copy(update={"lr": lr})
         constant = {"optimizer": sgd, "schedule": Schedule(), "steps": 2000}
         phases += [
-            Phase(name=f"units {turn + 1}", trains=("stem", "units", "classifier"), **constant),
+            Phase(name=f"body {turn + 1}", trains=("body",), **constant),
             Phase(name=f"controller {turn + 1}", trains=("controller",), **constant),
         ]
     return cifar10("two_phase", "reset38", phases)
@@ -297,7 +297,7 @@ RECIPES |= {
         ),
         "softmax, convolutional controller alone on ResNet-38's blocks",
     ),
-    "reset/cifar10/two_phase": Recipe(two_phase, "controllers and units in turns"),
+    "reset/cifar10/two_phase": Recipe(two_phase, "controllers and all else in turns"),
     "reset/cifar10/incremental": Recipe(incremental, "unfrozen from the last layers to the first"),
 }
 RECIPES |= {

@@ -183,6 +183,9 @@ def test_parts_of_a_network() -> None:
     assert set().union(*parts) == names
     assert select(model, ["all"]).parameters == names
     assert "stages.1.downsampling.conv.weight" in parts[2]
+    controller, body = (select(model, [part]).parameters for part in ("controller", "body"))
+    assert controller | body == names
+    assert not controller & body
     assert select(model, ["controller"]).norms == frozenset()
     frozen = select(model, ["controller", "statistics"])
     assert "norm" in frozen.norms
