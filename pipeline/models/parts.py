@@ -24,10 +24,10 @@ class Selection(NamedTuple):
 def select(network: Network, parts: Collection[str]) -> Selection:
     """What the named parts consist of.
 
-    `all`; `controller`: controllers and gates; `body`: everything else; `units`: cells used at more than one step; `norms`:
-    every batch norm; `stage1`, `stage2`, ...; `stem` and `classifier`: what is before and after the
-    stages. A part includes the norms within. The statistics of a norm move where its parameters
-    train; `statistics` are those of all norms.
+    `all`; `controller`: controllers and gates; `body`: everything else; `units`: cells used at more
+    than one step; `norms`: every batch norm; `stage1`, `stage2`, ...; `stem` and `classifier`: what
+    is before and after the stages. A part includes the norms within. The statistics of a norm move
+    where its parameters train; `statistics` are those of all norms.
 
     Raises:
         ValueError: a part that this network has not.
