@@ -163,7 +163,7 @@ def digits(
 def digits_controller(controller: str) -> Config:
     """Sec. 5.1: the controller alone, on the blocks of a trained ResNet 1-1-5."""
     alone = _controller(
-        optimizer=_CONTROLLER.model_copy(update={"lr": 3e-3}), schedule=Schedule(), steps=1000
+        optimizer=_CONTROLLER.model_copy(update={"lr": 3e-3}), schedule=Schedule(), steps=600
     )
     return digits(
         f"controller-{controller}",
