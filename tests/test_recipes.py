@@ -186,7 +186,7 @@ def test_a_recipe_of_drnn_trains(name: str, shards: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tracker, "start", lambda self: None)
     monkeypatch.setattr(Tracker, "finish", lambda self, status: True)
-    monkeypatch.setattr(Trainer, "_save", lambda self, must: None)  # hundreds of megabytes each
+    monkeypatch.setattr(Trainer, "_save", lambda *_, **__: None)  # hundreds of megabytes each
     small = [f"data.path={shards}", "data.augment.size=32", "data.reader=torch", "data.workers=0"]
     config = recipes.load(name, [*small, "train.batch_size=8"])
     if name not in IMAGENET:

@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.manifest import Manifest
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError, Convergence
 from pipeline.distributed import World
 from pipeline.models import CellRoute, Output, Policy, create_model
 from pipeline.models.parts import freeze_all_but, select
+from pipeline.models.scorers import Scorer
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import history
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import read_state
 from pipeline.training.phases import PolicyMovement
 from pipeline.training.plan import plan
+from pipeline.training.restore import trained_network
 from tests.training.conftest import Tiny, trace, train
 
 pytestmark = pytest.mark.usefixtures("journal_only")
@@ -101,6 +104,8 @@ def test_what_a_phase_does_not_train_stays_bit_by_bit(
     assert "train/skip_reward" in points
     best = checkpoint.find(RunDirectory(tmp_path / "run").checkpoints, best=True)
     assert best.step == 9  # of the last phase, whatever the others reached
+    network = trained_network(config, Manifest.load(tiny.shards), best, torch.device("cpu"))
+    assert network.scorer == Scorer("straight_through")
 
 
 @pytest.mark.parametrize(
