@@ -157,7 +157,7 @@ class Trainer:
         self._latest: dict[str, float] = {}
 
     def train(self, stop_after: int | None = None) -> Outcome:
-        """Train to the end of the last phase, until a stop is requested or until `stop_after` steps.
+        """Train to the end of the last phase, a stop that is requested, or `stop_after` steps.
 
         Raises:
             NonFiniteLoss: on all ranks, before the update.
