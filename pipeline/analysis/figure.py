@@ -53,16 +53,21 @@ _STYLE: dict[Any, Any] = {
     "legend.handlelength": 1.4,
 }
 POINTS = 120
+PIXELS_PER_INCH = 96
 MARKERS = 30
 
 
 @dataclass
 class Picture:
-    """One figure: `svg` is there once it has been drawn; `description` is for those who hear it."""
+    """One figure: `svg` is there once it has been drawn; `description` is for those who hear it.
+
+    `width`, in pixels, is that at which its text has the size of the other figures'.
+    """
 
     name: str
     description: str
     svg: Markup = field(default_factory=Markup)
+    width: int = 0
 
 
 @contextmanager
@@ -90,6 +95,7 @@ def panels(
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     picture.svg = _inline(buffer.getvalue(), picture)
+    picture.width = round(width * PIXELS_PER_INCH)
 
 
 def over_epochs(axes: Axes) -> None:

@@ -6,14 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.prepare import prepare
+from data_prep.sources import open_source
 from data_prep.sources.cifar10_1 import CLASSES, DATA, LABELS
-from pipeline.recipes import load
+from jobs import describe
+from jobs.tasks import Embed, Evaluate, Train
+from pipeline import recipes
+from pipeline.analysis import report
+from pipeline.run_directory import RunDirectory
+from pipeline.tracking import Tracker
+from pipeline.training.plan import plan
 from tests.data import shard_set
 from tests.jobs.command import reprise
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, `run`, and of the sets `cifar10` and `cifar10.1`."""
     folder = tmp_path_factory.mktemp("reset")
     for split, count in (("train", 40), ("test", 20)):
         for number in range(count):
@@ -22,31 +31,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write_bytes(shard_set.encode(shard_set.picture(number, 32, 32), "png"))
     source = folder / "published"
     source.mkdir()
-    images = np.stack([shard_set.picture(100 + number, 32, 32) for number in range(20)])
-    np.save(source / DATA, images)
+    np.save(source / DATA, np.stack([shard_set.picture(100 + n, 32, 32) for n in range(20)]))
     np.save(source / LABELS, np.arange(20) % 10)
-    for arguments in (
-        ["prep", "cifar", "--source", "images", "--out", "cifar10"],
-        ["prep", "cifar10.1", "--source", "published", "--out", "cifar10.1"],
-        ["verify", "cifar10.1"],
+    prepare(open_source("cifar", folder / "images"), folder / "cifar10")
+    prepare(open_source("cifar10.1", source), folder / "cifar10.1")
+    small = ["data.augment={size: 8, eval_resize: 8}", "train.batch_size=20", "train.log_every=1"]
+    config = recipes.load(
+        "reset/cifar10/gsm-controller",
         [
-            *("train", "reset/cifar10/gsm-controller", "init_from=null", "model=reset_3x2"),
-            *("data.path=cifar10", "data.augment={size: 8, eval_resize: 8}", "data.reader=torch"),
-            *("train.batch_size=20", "phases.0.steps=3", "train.log_every=1", "--run", "run"),
+            *("init_from=null", "model=reset_3x2", "phases.0.steps=3"),
+            *(f"data.path={folder / 'cifar10'}", "data.reader=torch", *small),
         ],
-    ):
-        done = reprise(*arguments, cwd=folder)
-        assert done.returncode == 0, done.stderr
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "start", lambda self: None)
+        patch.setattr(Tracker, "finish", lambda self, status: True)
+        assert Train(config, folder / "run", quiet=True)() == 0
     return folder
 
 
 def test_a_second_test_set_stands_beside_the_first(finished: Path) -> None:
-    answer = reprise("eval", "run", "--data", "cifar10.1", "--quiet", cwd=finished)
-    assert answer.returncode == 0, answer.stderr
-    assert "20 (test)" in answer.stdout
-    assert reprise("report", "run", cwd=finished).returncode == 0
-    page = (finished / "run" / "report.html").read_text()
-    assert re.search(r"Gap to cifar10\.1-test: -?\d+\.\d\d points, \d+\.\d\d % there", page)
+    ((summary, _),) = Evaluate(finished / "run", data=finished / "cifar10.1", quiet=True)()
+    assert (summary.samples, summary.split) == (20, "test")
+    page = report.write(RunDirectory(finished / "run")).read_text()
+    assert re.search(r"Gap to [\w.-]*cifar10\.1-test: -?\d+\.\d\d points, \d+\.\d\d % there", page)
     for section in ('id="phases"', 'id="policies"', "Images with similar routes"):
         assert section in page
     assert "1 to 3" in page
@@ -66,20 +74,17 @@ def test_routes_are_written_with_their_keys(finished: Path) -> None:
     np.testing.assert_allclose(routes.reshape(20, 2, 4).sum(2), 1, rtol=1e-5)
 
 
-def test_a_network_without_controllers_has_no_routes(finished: Path, tmp_path: Path) -> None:
-    config = load("drnn/digits/dr_resnet16")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.yaml").write_text(config.to_yaml())
-    answer = reprise("embed", "other", cwd=tmp_path)
-    assert answer.returncode == 2
-    assert "model=dr_resnet16, which has no controllers" in answer.stderr
+def test_a_network_without_controllers_has_no_routes(tmp_path: Path) -> None:
+    config = recipes.load("drnn/digits/dr_resnet16")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(ValueError, match="model=dr_resnet16, which has no controllers"):
+        Embed(Evaluate(tmp_path))()
 
 
 def test_the_plan_shows_the_phases(finished: Path) -> None:
-    answer = reprise(
-        *("train", "reset/cifar10/gst-relaxed-controller", "data.path=cifar10"),
-        *("train.batch_size=20", "--dry-run"),
-        cwd=finished,
-    )
-    assert "phase gumbel: controller for 5,000 steps, adam, staircase schedule" in answer.stdout
-    assert "phase straight through: controller for at most 20,000 steps" in answer.stdout
+    overrides = [f"data.path={finished / 'cifar10'}", "train.batch_size=20"]
+    config = recipes.load("reset/cifar10/gst-relaxed-controller", overrides)
+    shown = describe.plan(plan(config, world_size=1))
+    assert "2 phases, epochs of 2 steps" in shown
+    assert "phase gumbel: controller for 5,000 steps, adam, staircase schedule" in shown
+    assert "phase straight through: controller for at most 20,000 steps" in shown
