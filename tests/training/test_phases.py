@@ -179,6 +179,21 @@ def test_phases_are_for_every_network(tiny: Tiny, tmp_path: Path) -> None:
     assert moved(saved[1], saved[2]) == {name for name in saved[1] if ".router." in name}
 
 
+def test_norms_of_paths_not_taken_stay_in_a_phase_too(tiny: Tiny, tmp_path: Path) -> None:
+    """A cost-adjustable network, whose engine listens to gradients: closed and built again."""
+    phases = [
+        {"name": "norms", "steps": 2, "trains": ["norms"]},
+        {"name": "classifier", "steps": 2, "trains": ["classifier"]},
+    ]
+    settings = {"model": "rc_r2", "model_options": "{steps: [1, 2]}", "data.augment.size": 16}
+    settings |= {"steps.probabilities": "{1: 0.999, 2: 0.001}", "checkpoints.keep_last": 9}
+    config = phased(tiny, phases, **settings, **{"checkpoints.every_steps": 1})
+    assert train(config, tmp_path / "run") == 0
+    saved = states(tmp_path / "run")
+    assert moved(saved[1], saved[2]) == {name for name in saved[1] if ".norms.0." in name}
+    assert moved(saved[2], saved[4]) == {"classifier.weight", "classifier.bias"}
+
+
 def test_parts_of_a_network() -> None:
     model = create_model("reset38")
     names = {name for name, _ in model.named_parameters()}
