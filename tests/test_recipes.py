@@ -187,8 +187,8 @@ def test_a_recipe_of_drnn_trains(name: str, shards: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Tracker, "start", lambda self: None)
     monkeypatch.setattr(Tracker, "finish", lambda self, status: True)
     monkeypatch.setattr(Trainer, "_save", lambda *_, **__: None)  # hundreds of megabytes each
-    small = [f"data.path={shards}", "data.augment.size=32", "data.reader=torch", "data.workers=0"]
-    config = recipes.load(name, [*small, "train.batch_size=8"])
+    small = [f"data.path={shards}", "data.reader=torch", "data.workers=0", "train.batch_size=8"]
+    config = recipes.load(name, [*small, *(["data.augment.size=32"] if name in IMAGENET else [])])
     if name not in IMAGENET:
         planned = plan(config, world_size=2)
         assert planned.steps_per_epoch == 8
