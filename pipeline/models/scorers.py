@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ScorerName = Literal["softmax", "gumbel", "straight_through", "top_k"]
@@ -49,7 +48,7 @@ def _gumbel(scorer: Scorer, logits: Tensor, training: bool) -> Tensor:
 
 def _straight_through(scorer: Scorer, logits: Tensor, training: bool) -> Tensor:
     soft = _gumbel(scorer, logits, training)
-    hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
+    hard = torch.zeros_like(soft).scatter(1, soft.argmax(1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())  # the bracket is exactly zero forward
 
 

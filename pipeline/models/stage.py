@@ -18,8 +18,9 @@ which steps have the same weights:
 | relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
 | ReSet                          | residual branch | N     | per step       | controller | pool    |
 
-(The lower two rows say where those papers fit; the upper seven are built. For recurrent convolution
-the number of steps is drawn by the trainer, one for the whole network, and is an argument here.)
+(Relaxed sharing's row says where that paper fits; the others are built, ReSet's in pool.py. For
+recurrent convolution the number of steps is drawn by the trainer, one for the whole network, and is
+an argument here.)
 
 `RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
 steps. `Stage` is a run of them at one resolution; without sharing, it is a run of cells that are
