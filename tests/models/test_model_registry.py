@@ -195,7 +195,9 @@ def test_autocast_trains_and_keeps_the_statistics_fp32(name, dtype):
     expected = reference(images)
     torch.testing.assert_close(logits.float(), expected.logits, atol=0.1, rtol=0.1)
     for route, wanted in zip(routes, expected.routes, strict=True):
-        assert torch.equal(route.weights, wanted.weights)
+        # Decisions are the same at every precision; soft weights follow the features.
+        tolerance = 0 if route.policy is None else 1e-2
+        torch.testing.assert_close(route.weights, wanted.weights, atol=tolerance, rtol=0)
     F.cross_entropy(logits.float(), labels).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     for key, buffer in model.named_buffers():
