@@ -4,9 +4,11 @@ import hashlib
 import os
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from data_prep.files import write_atomically
 from data_prep.manifest import Shard
 
 INDEX_VERSION = "v1.2"
@@ -15,6 +17,8 @@ INDEX_VERSION = "v1.2"
 class ShardWriter:
     """Writes ``<key>.jpg|png`` and ``<key>.cls`` per sample into ``folder/stem.tar``.
 
+    The file has its name only once it is complete, after its index.
+
     A plain ustar archive without times and owners. The owner's name in each header is the CRC-32
     of the content in hexadecimal: neither JPEG nor tar notices a flipped byte in an image, and the
     shard's own hash cannot say which sample is damaged. The index, ``stem.idx``, has DALI's format:
@@ -22,9 +26,10 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self._folder = folder
-        self._stem = stem
-        self._file = _HashedFile((folder / f"{stem}.tar").open("wb"))
+        self._path = folder / f"{stem}.tar"
+        # The process id keeps a worker that outlives its parent out of the next one's files.
+        self._aside = folder / f".{stem}.tar.{os.getpid()}.partial"
+        self._file = _HashedFile(self._aside.open("wb"))
         self._lines: list[str] = []
 
     def add(self, key: str, image: bytes, extension: str, label: int) -> None:
@@ -48,21 +53,25 @@ class ShardWriter:
         self._file.write(bytes(-self._file.written % tarfile.RECORDSIZE))
         self._file.close()
         if not self._lines:
-            (self._folder / f"{self._stem}.tar").unlink()
+            self._aside.unlink()
             return None
         index = index_bytes(self._lines)
-        with (self._folder / f"{self._stem}.idx").open("wb") as file:
-            file.write(index)
-            file.flush()
-            os.fsync(file.fileno())
+        index_path = self._path.with_suffix(".idx")
+        write_atomically(index_path, index)
+        self._aside.replace(self._path)
         return Shard(
-            name=f"{self._stem}.tar",
+            name=self._path.name,
             samples=len(self._lines),
             bytes=self._file.written,
             sha256=self._file.hexdigest(),
-            index=f"{self._stem}.idx",
+            index=index_path.name,
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
+
+    def discard(self) -> None:
+        """Leave nothing of a shard that cannot be finished."""
+        self._file.abandon()
+        self._aside.unlink(missing_ok=True)
 
 
 def checksum(content: bytes) -> str:
@@ -97,6 +106,11 @@ class _HashedFile:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without the bytes that a full disk does not take."""
+        with suppress(OSError):
+            self._file.close()
 
     def close(self) -> None:
         self._file.flush()

@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from data_prep.manifest import (
+    CARD_NAME,
+    CLASSIFICATION,
+    DUPLICATES_NAME,
+    REJECTED_NAME,
+    Manifest,
+)
+
 if TYPE_CHECKING:
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
@@ -73,6 +81,26 @@ def _phase(stretch: Stretch) -> str:
         f"phase {phase.name}: {', '.join(phase.trains)} for {most}{stretch.steps:,} steps, "
         f"{own.optimizer.name}, {own.schedule.name} schedule, scorer {own.scorer.name}"
     )
+
+
+def prepared(manifest: Manifest, seconds: float) -> str:
+    """A shard set in a few lines, and how long it took."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    size = sum(shard.bytes for shard in shards) / 1e6
+    counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
+    of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
+    lines = [
+        f"{manifest.root}: {counts} images{of}",
+        f"{size:,.1f} MB in {len(shards)} shards after {seconds:.1f} s; {manifest.reencoded} "
+        f"re-encoded; see {manifest.root / CARD_NAME}",
+    ]
+    for count, what, name in (
+        (manifest.rejected, f"of {manifest.found} rejected", REJECTED_NAME),
+        (manifest.duplicates, "images outside of train are in train, too", DUPLICATES_NAME),
+    ):
+        if count:
+            lines.append(f"{count} {what}: see {manifest.root / name}")
+    return "\n".join(lines)
 
 
 def summary(found: Summary) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.images import BYTE_LIMIT
-from data_prep.listing import Item, Listing, Rejection
+from data_prep.items import Item
+from data_prep.listing import Listing, Rejection
 from data_prep.manifest import TRAIN
 from data_prep.trees import SPLITS, File, Tree, hidden, open_tree
 
@@ -49,6 +50,7 @@ def list_classes(tree: Tree) -> Listing:
         rejected=rejected,
         reader=tree.reader,
         settings={"source": "folder"},
+        stamp=tree.stamp,
     )
 
 
