@@ -38,7 +38,8 @@ def sync(path: Path) -> None:
 class OpenFiles:
     """Descriptors of numbered files for positioned reads, a limited number of them open at once.
 
-    May be pickled, and shared by fork before the first read.
+    Shuffling stays within a few shards at a time, so few open files serve sets of any size. May be
+    pickled.
     """
 
     def __init__(self, paths: Sequence[Path], limit: int = 64) -> None:

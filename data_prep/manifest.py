@@ -70,6 +70,9 @@ class Manifest:
     labels, and their set has the one class that all of them are of. ``evaluation_split`` names the
     split to evaluate on in a set that has several besides ``train``, or that has no ``train`` and
     is for evaluation alone.
+
+    ``copies`` are folders that hold some or all of the shards, too: no part of the set, but set by
+    whoever reads it.
     """
 
     root: Path = field(compare=False)
@@ -89,6 +92,15 @@ class Manifest:
     reencoded: int = 0
     duplicates: int = 0
     names: tuple[str, ...] = ()
+    copies: tuple[Path, ...] = field(default=(), compare=False)
+
+    def folder_of(self, shard: Shard) -> Path:
+        """Where to read a shard: the first of ``copies`` that has all of it, else ``root``."""
+        for folder in self.copies:
+            tar, index = folder / shard.name, folder / shard.index
+            if tar.is_file() and index.is_file() and tar.stat().st_size == shard.bytes:
+                return folder
+        return self.root
 
     @property
     def class_map_sha256(self) -> str:
@@ -165,7 +177,7 @@ class Manifest:
     def save(self) -> None:
         """Write the manifest into ``root``: aside, fsync, rename. Equal manifests, equal bytes."""
         content = asdict(self)
-        del content["root"]
+        del content["root"], content["copies"]
         content["schema_version"] = SCHEMA_VERSION
         content["class_map_sha256"] = self.class_map_sha256
         text = json.dumps(content, sort_keys=True, indent=1) + "\n"

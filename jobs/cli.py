@@ -91,6 +91,11 @@ def prep(
     treatment = Treatment(trust, resize_short, 90 if quality is None else quality)
     opened = open_source(source_kind, source, allow_partial)
     console.configure(quiet)
+    if estimate:
+        from data_prep.estimate import estimate as measure
+
+        click.echo(describe.estimated(measure(opened, treatment, workers), out))
+        return
     started = time.monotonic()
     with console.preparation(f"preparing {out}", quiet) as report:
         manifest = prepare(
@@ -113,21 +118,70 @@ def _refuse_both(name: str, value: object, other: str, other_value: object) -> N
 
 @cli.command()
 @click.argument("folder", type=FOLDER)
+@click.option("--quick", is_flag=True, help="Sizes and indices only: seconds for 1,000 shards.")
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one per core.")
 @QUIET
-def verify(folder: Path, workers: int | None, quiet: bool) -> None:
+def verify(folder: Path, quick: bool, workers: int | None, quiet: bool) -> None:
     """Check that a shard set is what its manifest says, to the last byte."""
     from data_prep.verify import verify as check
+    from data_prep.verify import verify_quickly
     from jobs import console
 
     console.configure(quiet)
-    with console.progress(f"verifying {folder}", quiet) as report:
-        findings = check(folder, workers=workers, progress=report)
+    if quick:
+        findings = verify_quickly(folder)
+    else:
+        with console.progress(f"verifying {folder}", quiet) as report:
+            findings = check(folder, workers=workers, progress=report)
     for finding in findings:
         click.echo(str(finding))
     if findings:
         raise click.ClickException(f"{len(findings)} problems in {folder}: prepare it again")
-    click.echo(f"{folder}: as its manifest says")
+    click.echo(f"{folder}: {'sizes and indices are ' if quick else ''}as its manifest says")
+
+
+@cli.command()
+@click.argument("path", metavar="DIR|SHARD", type=ANY_PATH)
+@click.option("--samples", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--sheet", type=ANY_PATH, help="PNG to write with pictures of the samples.")
+def inspect(path: Path, samples: int, sheet: Path | None) -> None:
+    """List the first samples of a shard set or a shard, and its images per class."""
+    from data_prep.inspection import inspect as look
+    from jobs import describe
+
+    found = look(path, samples)
+    if sheet is not None:
+        sheet.write_bytes(found.sheet())
+    click.echo(describe.inspected(found))
+
+
+@cli.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--to", type=FOLDER, required=True, help="Folder on a faster disk.")
+@click.option("--rank-aware", is_flag=True, help="Only this rank's share of the shards.")
+@QUIET
+def stage(folder: Path, to: Path, rank_aware: bool, quiet: bool) -> None:
+    """Copy a shard set to a faster disk, every byte verified.
+
+    Train with data.staged=[FOLDER]: what is not there is read from the set itself. With
+    --rank-aware under srun or torchrun, the ranks of a node stage the set together into one folder,
+    and those of several nodes a share each.
+    """
+    from data_prep.stage import stage as copy
+    from jobs import console
+
+    console.configure(quiet)
+    share, shares = 0, 1
+    if rank_aware:
+        from pipeline.distributed import World
+
+        world = World.detect()
+        share, shares = world.rank, world.world_size
+    with console.progress(f"staging {folder}", quiet) as report:
+        done = copy(folder, to, share=share, shares=shares, progress=report)
+    click.echo(
+        f"{to}: {done.copied} shards copied, {done.kept} there already, {done.bytes / 1e6:,.1f} MB"
+    )
 
 
 @cli.command()

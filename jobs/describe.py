@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from data_prep.manifest import (
     CARD_NAME,
@@ -17,6 +18,8 @@ from data_prep.manifest import (
 )
 
 if TYPE_CHECKING:
+    from data_prep.estimate import Estimate
+    from data_prep.inspection import Inspection
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
@@ -100,6 +103,28 @@ def prepared(manifest: Manifest, seconds: float) -> str:
     ):
         if count:
             lines.append(f"{count} {what}: see {manifest.root / name}")
+    return "\n".join(lines)
+
+
+def estimated(found: Estimate, out: Path) -> str:
+    """What a preparation will take."""
+    return (
+        f"{out} would take {found.bytes / 1e9:,.3f} GB and {tqdm.format_interval(found.seconds)} "
+        f"for {found.images:,} images, within {2 * found.error:.0%} if the {found.sampled} images "
+        f"measured are like the others ({found.rejected} of them rejected)"
+    )
+
+
+def inspected(found: Inspection) -> str:
+    """The first samples and the counts per class."""
+    rows: list[list[object]] = [
+        [sample.key, sample.extension, f"{width}x{height}", f"{len(sample.image):,}", name]
+        for sample, (width, height), name in found.samples
+    ]
+    lines = [_table(rows, ["key", "kind", "pixels", "bytes", "class"])]
+    for where, counts in found.counts.items():
+        table: list[list[object]] = [[name, f"{count:,}"] for name, count in counts.items()]
+        lines += ["", f"{where}: {sum(counts.values()):,} images", _table(table, ["class", "n"])]
     return "\n".join(lines)
 
 

@@ -1,12 +1,10 @@
 """Which images enter a set, as which bytes, and why others do not."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
-from pictures import encoded, jpeg, picture
+from pictures import encoded, jpeg, picture, png_of_size
 from PIL import Image
 
 from data_prep.images import (
@@ -17,21 +15,6 @@ from data_prep.images import (
     check,
     own_pixel_limit,
 )
-
-
-def png_of_size(width, height):
-    """A PNG whose header promises more than its data holds."""
-
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" * 1000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
-
 
 SIDEWAYS = Image.Exif()
 SIDEWAYS[0x0112] = 6  # orientation: turn by 90 degrees
