@@ -29,7 +29,7 @@ def resized(data: bytes) -> bytes:
     scale = SHORT / min(image.size)
     if scale < 1:
         size = [max(SHORT, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

@@ -129,7 +129,9 @@ class PackShard:
                 for position, item in enumerate(items):
                     image = self._take(item, record)
                     if image is not None:
-                        writer.add(shard.key(position), image.data, image.extension, item.label)
+                        crc = None if image.reencoded else record.marks[-1] >> 32
+                        key = shard.key(position)
+                        writer.add(key, image.data, image.extension, item.label, crc)
             record.shard = writer.close()
         except BaseException:
             writer.discard()

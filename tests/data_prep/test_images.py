@@ -110,7 +110,7 @@ def test_large_images_are_resized_to_their_shorter_side():
         assert (image.height, image.width, image.reencoded) == (48, 32, True)
         stored = Image.open(io.BytesIO(image.data))
         assert (stored.format, stored.mode, stored.size) == ("JPEG", mode, (32, 48))
-        expected = original.resize((32, 48), Image.Resampling.BICUBIC).convert("RGB")
+        expected = original.resize((32, 48), Image.Resampling.BILINEAR).convert("RGB")
         assert np.abs(by_pillow(image.data) - np.asarray(expected).astype(int)).mean() < 3
         assert image.histogram == check(image.data).histogram
     larger = len(check(encoded(picture(1, 90, 60)), Treatment(resize_short=32, quality=100)).data)
@@ -135,14 +135,14 @@ def test_trusted_jpegs_are_not_decoded_and_their_headers_are_read():
         check(encoded(picture(1), "PNG")[:-60], trust, statistics=False)
 
 
-def test_a_grid_of_large_images_stands_for_their_pixels():
+def test_some_rows_of_large_images_stand_for_their_pixels():
     image = picture(3, 700, 900)
     counted = np.array(check(encoded(image, "PNG")).histogram).reshape(3, 256)
     pixels = counted.sum(axis=1)
     assert (pixels == pixels[0]).all()
-    assert COUNTED_PIXELS <= pixels[0] <= 4 * COUNTED_PIXELS
+    assert COUNTED_PIXELS <= pixels[0] <= 2 * COUNTED_PIXELS
     means = (counted * np.arange(256)).sum(axis=1) / pixels
-    np.testing.assert_allclose(means, np.asarray(image).mean(axis=(0, 1)), rtol=0.01)
+    np.testing.assert_allclose(means, np.asarray(image).mean(axis=(0, 1)), rtol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["BMP", "PPM", "GIF"])
