@@ -17,6 +17,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -32,16 +33,15 @@ from torch import Tensor
 
 from benchmarks import streaming_peer
 from benchmarks.measure import Rounds, Spread, alternate, machine, ratio
-from data_prep.images import AS_FOUND, Treatment
 from data_prep.manifest import Manifest
 from data_prep.parallel import available_cores, run_parallel
-from data_prep.prepare import prepare
-from data_prep.sources.imagenet import TRAIN_ARCHIVE, ImageNetSource
+from data_prep.sources.imagenet import TRAIN_ARCHIVE
 from pipeline.config import Augmentation
 from pipeline.data import train_loader
 from pipeline.distributed import World
 
 SIZE, BATCH = streaming_peer.SIZE, streaming_peer.BATCH
+RESIZED = ("--resize-short", str(streaming_peer.SHORT), "--quality", str(streaming_peer.QUALITY))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -70,14 +70,21 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def ours(root: Path, treatment: Treatment, workers: int | None = None) -> float:
-    """Seconds of a preparation, from the first look at the archive to the manifest."""
+def ours(root: Path, *options: str) -> float:
+    """Seconds of `reprise prep`, from the start of the command to its end."""
     out = root.parent / "set"
     started = time.perf_counter()
-    prepare(ImageNetSource(root, allow_partial=True), out, treatment=treatment, workers=workers)
+    prep(root, out, *options)
     seconds = time.perf_counter() - started
     shutil.rmtree(out)
     return seconds
+
+
+def prep(root: Path, out: Path, *options: str) -> None:
+    """Prepare in a process of its own: spawned workers would load what this module loads."""
+    command = [Path(sys.executable).parent / "reprise", "prep", "imagenet", "--source", root]
+    command += ["--out", out, "--allow-partial", "--quiet", *options]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def copied(root: Path, sync: bool) -> float:
@@ -287,8 +294,8 @@ def trust(images: Path, work: Path | None, copies: int, rounds: int) -> None:
         contestants = {
             "cp": lambda: size / copied(root, sync=False),
             "cp, synced": lambda: size / copied(root, sync=True),
-            "prep --trust": lambda: size / ours(root, Treatment(trust=True)),
-            "prep --trust --workers 1": lambda: size / ours(root, Treatment(trust=True), 1),
+            "prep --trust": lambda: size / ours(root, "--trust"),
+            "prep --trust --workers 1": lambda: size / ours(root, "--trust", "--workers", "1"),
             "ShardWriter": lambda: size / shard_writer(root),
         }
         figures = alternate(contestants, rounds)
@@ -309,7 +316,7 @@ def check(images: Path, work: Path | None, copies: int, rounds: int) -> None:
         contestants = {
             "simplejpeg alone": lambda: bare_decode("simplejpeg", images, count),
             "torchvision alone": lambda: bare_decode("torchvision", images, count),
-            "prep": lambda: count / ours(root, AS_FOUND),
+            "prep": lambda: count / ours(root),
         }
         figures = alternate(contestants, rounds)
     print(f"{count:,} images\n{before}")
@@ -326,10 +333,9 @@ def resize(images: Path, work: Path | None, streaming: Path, copies: int, rounds
     """Resized to 256 at quality 90, beside MDSWriter doing the same."""
     before = machine()
     count = copies * len(streaming_peer.encoded(str(images)))
-    treatment = Treatment(resize_short=streaming_peer.SHORT, quality=streaming_peer.QUALITY)
     with nested(images, copies, work) as root:
         contestants = {
-            "prep --resize-short 256": lambda: count / ours(root, treatment),
+            "prep --resize-short 256": lambda: count / ours(root, *RESIZED),
             "MDSWriter": lambda: peer_writes(streaming, images, copies, root.parent),
         }
         figures = alternate(contestants, rounds)
@@ -351,15 +357,10 @@ def loading(
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     before = machine()
-    treatments = {
-        "unchanged": AS_FOUND,
-        "resized": Treatment(resize_short=streaming_peer.SHORT, quality=streaming_peer.QUALITY),
-    }
     with nested(images, 1, work) as root:
-        sets = {name: root.parent / name for name in treatments}
-        for name, treatment in treatments.items():
-            source = ImageNetSource(root, allow_partial=True)
-            prepare(source, sets[name], treatment=treatment, samples_per_shard=128)
+        sets = {name: root.parent / name for name in ("unchanged", "resized")}
+        prep(root, sets["unchanged"], "--samples-per-shard", "128")
+        prep(root, sets["resized"], "--samples-per-shard", "128", *RESIZED)
         peer_writes(streaming, images, 1, root.parent)
         sources = {
             "dali reader": partial(our_loader, sets["unchanged"], "dali", cores),
