@@ -1,32 +1,41 @@
 """What the images of a set add up to: exact integers, so that no order or grouping matters."""
 
+import bisect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from data_prep.images import CheckedImage
 
 Channels = tuple[float, float, float]
+SIDES = (32, 64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024)
+"""Where the bins of the images' shorter sides begin, in pixels; one more lies before them."""
+DRAWN = 16
+"""Images at the start of each shard that stand for the pixels of all where not all are decoded."""
 
 
 @dataclass
 class Facts:
     """Counts per class id, the range of image sizes and the histogram of RGB values.
 
-    ``histogram`` has 256 counts each for red, green and blue. Facts of parts of a set are summed
-    with ``add``.
+    ``histogram`` has 256 counts each for red, green and blue, ``sides`` the images by their shorter
+    side. Facts of parts of a set are summed with ``add``.
     """
 
     counts: list[int]
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(768, np.int64))
+    sides: list[int] = field(default_factory=lambda: [0] * (len(SIDES) + 1))
     heights: tuple[int, int] | None = None
     widths: tuple[int, int] | None = None
 
     def count(self, image: CheckedImage, label: int) -> None:
         """Take one image in."""
         self.counts[label] += 1
-        self.histogram += np.asarray(image.histogram, np.int64)
+        self.sides[bisect.bisect(SIDES, min(image.height, image.width))] += 1
+        if image.histogram is not None:
+            self.histogram += np.asarray(image.histogram, np.int64)
         self.heights = _span(self.heights, (image.height, image.height))
         self.widths = _span(self.widths, (image.width, image.width))
 
@@ -34,8 +43,22 @@ class Facts:
         """Take the images of ``other`` in."""
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         self.histogram += other.histogram
+        self.sides = [a + b for a, b in zip(self.sides, other.sides, strict=True)]
         self.heights = _span(self.heights, other.heights)
         self.widths = _span(self.widths, other.widths)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.__dict__ | {"histogram": self.histogram.tolist()}
+
+    @classmethod
+    def of_json(cls, content: dict[str, Any]) -> "Facts":
+        return cls(
+            content["counts"],
+            np.array(content["histogram"], np.int64),
+            content["sides"],
+            _pair(content["heights"]),
+            _pair(content["widths"]),
+        )
 
     @property
     def image_size(self) -> tuple[int, int, int, int]:
@@ -48,6 +71,10 @@ class Facts:
         """Mean and standard deviation of the pixels per channel, in 0..1."""
         red, green, blue = (_mean_and_std(c.tolist()) for c in self.histogram.reshape(3, 256))
         return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+
+def _pair(values: list[int] | None) -> tuple[int, int] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def _span(first: tuple[int, int] | None, second: tuple[int, int] | None) -> tuple[int, int] | None:

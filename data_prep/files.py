@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -31,3 +33,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class OpenFiles:
+    """Descriptors of numbered files for positioned reads, a limited number of them open at once.
+
+    Shuffling stays within a few shards at a time, so few open files serve sets of any size. May be
+    pickled.
+    """
+
+    def __init__(self, paths: Sequence[Path], limit: int = 64) -> None:
+        self._paths = paths
+        self._limit = limit
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def descriptor(self, number: int) -> int:
+        """Of file `number`; may close the one that was not asked for the longest."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[number] = os.open(self._paths[number], os.O_RDONLY)
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close all; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])

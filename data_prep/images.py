@@ -6,20 +6,30 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 PIXEL_LIMIT = 50_000_000
 """Checked in the header, before decoding: a 140 KB file can hold 144 megapixels."""
 BYTE_LIMIT = 256 * 2**20
 """Larger files are not even read: no image within the pixel limit needs them."""
+REENCODED_QUALITY = 95
+"""Of JPEGs that readers would decode differently, or with warnings, as they were found."""
+COUNTED_PIXELS = 2**12
+"""Of images of twice as many and more, every n-th row is counted, so that it is about so many."""
 
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _REENCODED = ("BMP", "PPM", "GIF")
 _FORMATS = ("JPEG", "PNG", *_REENCODED)
+_START_OF_JPEG = b"\xff\xd8"
 _MARKER = 0xFF
 _START_OF_SCAN = 0xDA
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+Pixels = npt.NDArray[np.uint8]
 
 
 class RejectedImageError(Exception):
@@ -27,17 +37,47 @@ class RejectedImageError(Exception):
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """What is done to images. ``trust``: JPEGs with a good header are taken as they are, undecoded.
+
+    ``resize_short``: larger images are scaled down until their shorter side has so many pixels, and
+    stored as JPEG of ``quality``.
+    """
+
+    trust: bool = False
+    resize_short: int | None = None
+    quality: int = 90
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        if self.resize_short is not None:
+            return {"resize_short": self.resize_short, "quality": self.quality}
+        return {"trust": True} if self.trust else {}
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Treatment":
+        """From a manifest's settings."""
+        return cls(**{key: settings[key] for key in cls().__dict__ if key in settings})
+
+
+AS_FOUND = Treatment()
+
+
+@dataclass(frozen=True)
 class CheckedImage:
     """An accepted image: the bytes to store, and what the manifest wants to know of its pixels.
 
-    ``histogram`` counts the values of its RGB pixels: 256 numbers each for red, green and blue.
+    ``histogram`` counts the values of its RGB pixels, 256 numbers each for red, green and blue; it
+    is None where the stored bytes were not decoded. ``reencoded``: they are not those found.
     """
 
     data: bytes
     extension: str
     height: int
     width: int
-    histogram: list[int]
+    histogram: list[int] | None
+    reencoded: bool = False
 
 
 @contextmanager
@@ -48,20 +88,128 @@ def own_pixel_limit() -> Iterator[None]:
         yield
 
 
-def check(data: bytes) -> CheckedImage:
+def check(data: bytes, treatment: Treatment = AS_FOUND, statistics: bool = True) -> CheckedImage:
     """Decode ``data`` once and say what to store of it.
 
-    JPEG and PNG bytes are kept as they are, whatever the file was called; BMP, PPM and GIF of one
-    frame become PNG. Images that DALI and Pillow decode differently (CMYK, 16 bits) are refused,
-    because the two readers would train on different pixels. Raises RejectedImageError.
+    One policy for all that is odd: JPEG and PNG bytes are kept as they are, whatever the file was
+    called, where every reader decodes them alike; that includes grey images, trailing bytes and
+    orientation tags, which no reader follows. JPEGs that readers decode differently (CMYK, stray
+    bytes before a marker) or only with a warning are stored again at quality 95. BMP, PPM and GIF
+    of one frame become PNG. What cannot be decoded, PNG of 16 bits and files of several frames are
+    refused.
+
+    ``statistics``: whether a histogram is worth decoding for. Raises RejectedImageError.
     """
     if not data:
         raise RejectedImageError("empty file")
+    header = _plain_jpeg_header(data)
+    if header is not None and treatment.trust and not statistics:
+        return CheckedImage(data, "jpg", header.height, header.width, None)
+    image = _kept_jpeg(data, header) or _checked_by_pillow(data)
+    short = treatment.resize_short
+    if short is not None and min(image.pixels.shape[:2]) > short:
+        image = _encoded(_resized(image.pixels, short), treatment.quality, "420")
+    height, width = image.pixels.shape[:2]
+    reencoded = image.data is not data
+    if reencoded and image.extension == "jpg" and statistics:
+        image = _kept_jpeg(image.data, _plain_jpeg_header(image.data)) or image
+    histogram = _histogram(image.pixels) if statistics else None
+    return CheckedImage(image.data, image.extension, height, width, histogram, reencoded)
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The image as PNG, without loss and without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class _Image(NamedTuple):
+    """Bytes to store, and their pixels: (height, width) if grey, else (height, width, 3)."""
+
+    data: bytes
+    extension: str
+    pixels: Pixels
+
+
+class _JpegHeader(NamedTuple):
+    height: int
+    width: int
+    grey: bool
+
+
+def _plain_jpeg_header(data: bytes) -> _JpegHeader | None:
+    """Of a JPEG that every reader decodes alike, if its data is good; None for all else."""
+    if not data.startswith(_START_OF_JPEG):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        stray = _has_stray_bytes(data)
+    except (ValueError, IndexError):
+        return None
+    if height * width > PIXEL_LIMIT:
+        raise RejectedImageError(_too_large(f"{width}x{height} pixels"))
+    if stray or colours not in ("Gray", "YCbCr", "RGB"):
+        return None
+    return _JpegHeader(height, width, colours == "Gray")
+
+
+def _has_stray_bytes(data: bytes) -> bool:
+    """Whether something stands between the segments, which Pillow skips and DALI stops at."""
+    position = 2
+    while data[position] == _MARKER:
+        while data[position] == _MARKER:  # any number of them may stand before a marker's code
+            position += 1
+        if data[position] == _START_OF_SCAN:
+            return False
+        position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
+    return True
+
+
+def _kept_jpeg(data: bytes, header: _JpegHeader | None) -> _Image | None:
+    """The bytes as they are, where they can be decoded without a warning."""
+    if header is None:
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if header.grey else "RGB", strict=True)
+    except ValueError:
+        return None
+    return _Image(data, "jpg", pixels[..., 0] if header.grey else pixels)
+
+
+def _encoded(pixels: Pixels, quality: int, chroma: str) -> _Image:
+    """The pixels as JPEG; those in the result are still the given ones."""
+    grey = pixels.ndim == 2
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels[..., None] if grey else pixels),
+        quality=quality,
+        colorspace="GRAY" if grey else "RGB",
+        colorsubsampling="Gray" if grey else chroma,
+        fastdct=False,
+    )
+    return _Image(data, "jpg", pixels)
+
+
+def _resized(pixels: Pixels, short: int) -> Pixels:
+    """By the antialiased linear filter of the readers; Pillow's is the same on every processor."""
+    height, width = pixels.shape[:2]
+    scale = short / min(height, width)
+    size = max(short, round(width * scale)), max(short, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+def _histogram(pixels: Pixels) -> list[int]:
+    step = max(1, pixels.shape[0] * pixels.shape[1] // COUNTED_PIXELS)
+    counts = Image.fromarray(np.ascontiguousarray(pixels[::step])).histogram()
+    return counts if pixels.ndim == 3 else 3 * counts
+
+
+def _checked_by_pillow(data: bytes) -> _Image:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise RejectedImageError(_too_large(f"{image.width}x{image.height} pixels"))
-            return _decoded(image, data)
+            return _decoded_by_pillow(image, data)
     except UnidentifiedImageError:
         raise RejectedImageError(f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}") from None
     except Image.DecompressionBombError:
@@ -73,14 +221,7 @@ def check(data: bytes) -> CheckedImage:
         raise RejectedImageError(f"cannot be decoded: {reason}") from None
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """The image as PNG, without loss and without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _decoded(image: Image.Image, data: bytes) -> CheckedImage:
+def _decoded_by_pillow(image: Image.Image, data: bytes) -> _Image:
     name = image.format or ""
     frames = getattr(image, "n_frames", 1)
     image.load()
@@ -95,35 +236,10 @@ def _decoded(image: Image.Image, data: bytes) -> CheckedImage:
         data = encode_png(image)
     elif name == "PNG":
         _refuse_png(data, frames)
-    else:
-        _refuse_jpeg(image, data)
-    pixels = image.convert("RGB")
-    return CheckedImage(
-        data=data,
-        extension=_EXTENSIONS.get(name, "png"),
-        height=pixels.height,
-        width=pixels.width,
-        histogram=pixels.histogram(),
-    )
-
-
-def _refuse_jpeg(image: Image.Image, data: bytes) -> None:
-    if image.mode not in ("L", "RGB"):
-        raise RejectedImageError(f"JPEG in mode {image.mode}, which readers decode differently")
-    position = 2
-    while data[position] == _MARKER:
-        while data[position] == _MARKER:  # any number of them may stand before a marker's code
-            position += 1
-        if data[position] == _START_OF_SCAN:
-            return
-        position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
-    raise RejectedImageError(
-        f"JPEG with stray bytes at {position}, which Pillow skips and DALI stops at"
-    )
-
-
-def _too_large(size: str) -> str:
-    return f"{size} over the limit of {PIXEL_LIMIT // 10**6} megapixels"
+    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    if name in ("JPEG", "MPO"):
+        return _encoded(pixels, REENCODED_QUALITY, "444")
+    return _Image(data, "png", pixels)
 
 
 def _refuse_png(data: bytes, frames: int) -> None:
@@ -132,3 +248,7 @@ def _refuse_png(data: bytes, frames: int) -> None:
         raise RejectedImageError("PNG with 16 bits per channel, which readers decode differently")
     if frames > 1:
         raise RejectedImageError(f"PNG with {frames} frames: store one image per file")
+
+
+def _too_large(size: str) -> str:
+    return f"{size} over the limit of {PIXEL_LIMIT // 10**6} megapixels"

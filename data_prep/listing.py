@@ -1,6 +1,5 @@
 """What a source offers: the images it holds, by split and class, and how to read one."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -9,22 +8,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from data_prep.files import OpenFiles
 from data_prep.images import encode_png
+from data_prep.items import Item, Items
 from data_prep.manifest import CLASSIFICATION
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image of a source. ``origin`` names it to a person and is unique within the source.
-
-    ``offset`` and ``size`` tell the listing's reader where its bytes lie.
-    """
-
-    split: str
-    label: int
-    origin: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +33,27 @@ class Reader(Protocol):
 class Listing:
     """All that a source holds. ``settings`` is what else decides the bytes read from it.
 
-    ``task`` and ``evaluation_split`` are the manifest's.
+    ``task``, ``evaluation_split`` and ``names`` are the manifest's. ``ordered`` are the splits that
+    keep the order of their origins. ``stamp`` changes with the source's modification times: it
+    belongs to one place and time, so no finished set knows of it.
     """
 
     name: str
     classes: tuple[str, ...]
-    items: list[Item]
+    items: list[Item] | Items
     rejected: list[Rejection]
     reader: Reader
     settings: dict[str, Any] = field(default_factory=dict)
     task: str = CLASSIFICATION
     evaluation_split: str | None = None
+    names: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
+    stamp: str = ""
 
     @property
     def sha256(self) -> str:
         """Identity of what was listed: classes, names, labels and sizes, not the pixels."""
-        digest = hashlib.sha256(json.dumps([self.name, self.classes]).encode())
-        for item in sorted(self.items, key=lambda item: item.origin):
-            line = json.dumps([item.split, item.label, item.origin, item.size])
-            digest.update(line.encode() + b"\n")
+        digest = Items.of(self.items).digest([self.name, self.classes])
         for entry in sorted(self.rejected, key=lambda entry: entry.origin):
             digest.update(json.dumps([entry.split, entry.origin, entry.reason]).encode() + b"\n")
         return digest.hexdigest()
@@ -97,20 +86,23 @@ class FolderReader:
             ) from None
 
 
-@dataclass(frozen=True)
 class RangeReader:
-    """Items are ranges of bytes of one file, such as the members of a tar."""
+    """Items are ranges of bytes of files, such as the members of tars; ``item.file`` is which."""
 
-    file: Path
+    def __init__(self, *files: Path) -> None:
+        self.files = files
+        self._open = OpenFiles(files)
 
     def read(self, item: Item) -> bytes:
-        descriptor = os.open(self.file, os.O_RDONLY)
+        file = self.files[item.file]
         try:
-            data = os.pread(descriptor, item.size, item.offset)
-        finally:
-            os.close(descriptor)
+            data = os.pread(self._open.descriptor(item.file), item.size, item.offset)
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {item.origin} in {file} ({error.strerror}): make it readable"
+            ) from None
         if len(data) != item.size:
-            raise ValueError(f"{self.file} ends within {item.origin}: fetch the archive again")
+            raise ValueError(f"{file} ends within {item.origin}: fetch the archive again")
         return data
 
 

@@ -15,7 +15,9 @@ from data_prep.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
-LOCK_NAME = ".prepare.lock"
+DUPLICATES_NAME = "duplicates.jsonl"
+CARD_NAME, CARD_PICTURE_NAME = "card.md", "card.png"
+LOCK_NAME, OWNER_NAME = ".prepare.lock", ".prepare.owner"
 SCHEMA_VERSION = 1
 TRAIN = "train"
 CLASSIFICATION, DENOISING = TASKS = ("classification", "denoising")
@@ -52,16 +54,25 @@ class Split:
 class Manifest:
     """A finished shard set.
 
-    ``classes`` gives the name of each class id. ``image_size`` is (min height, max height, min
-    width, max width) in pixels over all accepted images. ``channel_mean`` and ``channel_std`` are
-    those of the train split's pixels in RGB, in 0..1. ``found = accepted + rejected`` images, and
-    the rejected ones stand with their reasons in ``rejected.jsonl``. ``settings`` holds all that
-    decides the bytes, ``tools`` the versions that wrote them.
+    ``classes`` gives the name of each class id, and ``names`` what people call it where those are
+    codes. ``image_size`` is (min height, max height, min width, max width) in pixels over all
+    accepted images. ``channel_mean`` and ``channel_std`` are those of the train split's pixels in
+    RGB, in 0..1: of large images some rows count, and of a set that was trusted or resized only
+    the first images of each shard.
+
+    ``found = accepted + rejected`` images, and the rejected ones stand with their reasons in
+    ``rejected.jsonl``. ``reencoded`` of the accepted are stored as other bytes than were found.
+    ``duplicates`` are images outside of train whose bytes a training image has, too; they are
+    listed in ``duplicates.jsonl``. ``settings`` holds all that decides the bytes, ``tools`` the
+    versions that wrote them.
 
     ``task`` is what the images are for. Images for denoising are their own targets: they have no
     labels, and their set has the one class that all of them are of. ``evaluation_split`` names the
     split to evaluate on in a set that has several besides ``train``, or that has no ``train`` and
     is for evaluation alone.
+
+    ``copies`` are folders that hold some or all of the shards, too: no part of the set, but set by
+    whoever reads it.
     """
 
     root: Path = field(compare=False)
@@ -78,6 +89,18 @@ class Manifest:
     tools: dict[str, str]
     task: str = CLASSIFICATION
     evaluation_split: str | None = None
+    reencoded: int = 0
+    duplicates: int = 0
+    names: tuple[str, ...] = ()
+    copies: tuple[Path, ...] = field(default=(), compare=False)
+
+    def folder_of(self, shard: Shard) -> Path:
+        """Where to read a shard: the first of ``copies`` that has all of it, else ``root``."""
+        for folder in self.copies:
+            tar, index = folder / shard.name, folder / shard.index
+            if tar.is_file() and index.is_file() and tar.stat().st_size == shard.bytes:
+                return folder
+        return self.root
 
     @property
     def class_map_sha256(self) -> str:
@@ -154,7 +177,7 @@ class Manifest:
     def save(self) -> None:
         """Write the manifest into ``root``: aside, fsync, rename. Equal manifests, equal bytes."""
         content = asdict(self)
-        del content["root"]
+        del content["root"], content["copies"]
         content["schema_version"] = SCHEMA_VERSION
         content["class_map_sha256"] = self.class_map_sha256
         text = json.dumps(content, sort_keys=True, indent=1) + "\n"
@@ -164,6 +187,8 @@ class Manifest:
         """The first contradiction between the manifest's own numbers, or None."""
         if len(set(self.classes)) != len(self.classes):
             return "a class name occurs twice"
+        if len(self.names) not in (0, len(self.classes)):
+            return f"it names {len(self.names)} of {len(self.classes)} classes"
         if self.task not in TASKS:
             return f"task {self.task!r} is not one of {', '.join(TASKS)}"
         if self.task == DENOISING and len(self.classes) != 1:
@@ -228,4 +253,7 @@ def _from_content(root: Path, content: dict[str, Any]) -> Manifest:
         tools=dict(content["tools"]),
         task=str(content.get("task", CLASSIFICATION)),
         evaluation_split=content.get("evaluation_split"),
+        reencoded=int(content.get("reencoded", 0)),
+        duplicates=int(content.get("duplicates", 0)),
+        names=tuple(str(name) for name in content.get("names", ())),
     )

@@ -1,21 +1,35 @@
 """Which sample goes to which shard: a pure function of the listing and the seed."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
+import json
+import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from data_prep.listing import Item
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.items import Item, Items
+
+_OWN_BLOCKS = 3  # of a sample: the headers of image and label, and the label
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be: its items in order, the first one at ``start`` of its split's order."""
+    """One shard to be: ``samples`` items from place ``start`` of its split's order on.
+
+    ``first`` is the place of its first item in the order of all splits.
+    """
 
     split: str
     number: int
     start: int
-    items: tuple[Item, ...]
+    first: int
+    samples: int
 
     @property
     def stem(self) -> str:
@@ -31,25 +45,107 @@ class ShardPlan:
         return f"{self.split}-{self.start + position:08d}"
 
 
-def plan(items: Iterable[Item], seed: int, samples_per_shard: int) -> list[ShardPlan]:
-    """Shuffle each split and cut it into shards of at most ``samples_per_shard``, of even sizes.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All shards to be, and the items in their order: ``items[order[n]]`` is the n-th."""
+
+    items: Items
+    order: npt.NDArray[np.int64]
+    shards: tuple[ShardPlan, ...]
+
+    def of(self, shard: ShardPlan) -> list[Item]:
+        """The items of a shard."""
+        places = self.order[shard.first : shard.first + shard.samples]
+        return [self.items[number] for number in places.tolist()]
+
+    def bytes_of(self, shard: ShardPlan) -> int:
+        """Size of a shard whose images are stored as they are."""
+        places = self.order[shard.first : shard.first + shard.samples]
+        return int(_stored_sizes(self.items.size[places]).sum())
+
+    def save(self, folder: Path) -> None:
+        """Write the plan into ``folder``, the list of shards last."""
+        self.items.save(folder)
+        np.save(folder / "order.npy", self.order)
+        (folder / "shards.json").write_text(json.dumps([asdict(shard) for shard in self.shards]))
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """A plan that is read from disk where it is needed, so that any number of workers can."""
+        shards = json.loads((folder / "shards.json").read_text())
+        order = np.load(folder / "order.npy", mmap_mode="r")
+        return cls(Items.load(folder), order, tuple(ShardPlan(**shard) for shard in shards))
+
+
+def plan(
+    items: Iterable[Item],
+    seed: int,
+    *,
+    samples_per_shard: int | None = None,
+    shard_bytes: int | None = None,
+    ordered: tuple[str, ...] = (),
+) -> Plan:
+    """Shuffle each split and cut it into shards of even sizes, none over the limit that is given.
 
     The order is that of a hash of seed and origin: uniform, the same under every version of every
-    library, and independent of the order in which a file system lists.
+    library, and independent of the order in which a file system lists. The splits in ``ordered``
+    keep the order of their origins. ``shard_bytes`` is of images that are stored as they are.
+
+    Raises ValueError where an image alone exceeds ``shard_bytes``.
     """
-    splits: dict[str, list[Item]] = {}
-    for item in items:
-        splits.setdefault(item.split, []).append(item)
-    plans = []
-    for split in sorted(splits):
-        order = sorted(splits[split], key=lambda item: _draw(seed, item))
-        shards = -(-len(order) // samples_per_shard)
-        cuts = [len(order) * number // shards for number in range(shards + 1)]
+    items = Items.of(items)
+    orders, shards, first = [], [], 0
+    for split in sorted(items.splits):
+        members = np.flatnonzero(items.split == items.splits.index(split))
+        order = members[_sorted(items, members, seed, split, split in ordered)]
+        if shard_bytes is None:
+            assert samples_per_shard is not None, "one of the limits is given"
+            cuts = _even_cuts(len(order), -(-len(order) // samples_per_shard))
+        else:
+            cuts = _cuts_by_size(items.size[order], shard_bytes).tolist()
         for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            plans.append(ShardPlan(split, number, start, tuple(order[start:stop])))
-    return plans
+            shards.append(ShardPlan(split, number, start, first + start, stop - start))
+        orders.append(order)
+        first += len(order)
+    return Plan(items, np.concatenate(orders), tuple(shards))
 
 
-def _draw(seed: int, item: Item) -> bytes:
-    text = f"{seed}\n{item.split}\n{item.origin}"
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+def _sorted(
+    items: Items, members: npt.NDArray[np.int64], seed: int, split: str, by_name: bool
+) -> npt.NDArray[np.int64]:
+    """Places that sort the ``members`` of a split."""
+    names = items.names(members)
+    if by_name:
+        return np.array(sorted(range(len(members)), key=list(names).__getitem__), np.int64)
+    prefix = f"{seed}\n{split}\n".encode()
+    # Half a digest: that two of 10^9 names share it has a chance of 10^-21.
+    draws = b"".join(hashlib.sha256(prefix + name).digest()[:16] for name in names)
+    high, low = np.frombuffer(draws, ">u8").astype(np.uint64).reshape(-1, 2).T
+    return np.lexsort((low, high))
+
+
+def _even_cuts(samples: int, shards: int) -> list[int]:
+    return [samples * number // shards for number in range(shards + 1)]
+
+
+def _cuts_by_size(sizes: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
+    stored = _stored_sizes(sizes)
+    if stored.max() > limit:
+        raise ValueError(
+            f"an image of {sizes.max()} bytes does not fit into a shard of {limit}: give a larger "
+            "--shard-size"
+        )
+    ends = np.cumsum(stored)
+    shards = -(-int(ends[-1]) // limit)
+    while True:
+        targets = [int(ends[-1]) * number // shards for number in range(1, shards)]
+        cuts = np.unique([0, *np.searchsorted(ends, targets) + 1, len(ends)])
+        if np.add.reduceat(stored, cuts[:-1]).max() <= limit:
+            return cuts
+        shards += 1
+
+
+def _stored_sizes(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bytes that samples of these images take in a shard."""
+    blocks = -(-sizes // tarfile.BLOCKSIZE) + _OWN_BLOCKS
+    return blocks * tarfile.BLOCKSIZE

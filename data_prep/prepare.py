@@ -2,8 +2,9 @@
 
 import json
 import logging
-import secrets
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,45 +12,46 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 from PIL import features
 
+from data_prep import card
+from data_prep.duplicates import duplicates
 from data_prep.facts import Facts
 from data_prep.files import sync, write_atomically
-from data_prep.images import RejectedImageError, check, own_pixel_limit
-from data_prep.listing import FolderReader, Listing, Reader, Rejection, Source
+from data_prep.images import AS_FOUND, Treatment
+from data_prep.listing import FolderReader, Listing, Rejection, Source
 from data_prep.manifest import (
+    DUPLICATES_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
+    OWNER_NAME,
     REJECTED_NAME,
     TRAIN,
     Manifest,
     Shard,
     Split,
 )
-from data_prep.parallel import run_parallel
-from data_prep.plan import ShardPlan, plan
-from data_prep.writer import ShardWriter
+from data_prep.pack import PackShard, PackShards, Record, Work
+from data_prep.plan import Plan, plan
 
 SAMPLES_PER_SHARD = 2048
-_PARTIAL = ".partial-"
+_WORK_NAME = ".partial"
+_SETTINGS_NAME = "settings.json"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Task:
-    folder: Path
-    plan: ShardPlan
-    reader: Reader
-    classes: int
+class Progress:
+    """How far a preparation is: images of ``total``, bytes read of them, images rejected."""
 
-
-@dataclass(frozen=True)
-class _Packed:
-    shard: Shard | None
-    facts: Facts
-    rejected: list[Rejection]
+    images: int
+    total: int
+    bytes: int
+    rejected: int
 
 
 def prepare(
@@ -58,42 +60,53 @@ def prepare(
     *,
     seed: int = 0,
     samples_per_shard: int = SAMPLES_PER_SHARD,
+    shard_bytes: int | None = None,
+    treatment: Treatment = AS_FOUND,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Turn ``source`` into a shard set at ``out`` and return its manifest.
 
-    The same source, seed and shard size give the same bytes for any number of ``workers`` (None:
-    all cores) and after any interruption. Where the set is already there, nothing is done.
-    ``progress`` is called with the images done and the images in all.
+    The same source, seed, shard size and treatment give the same bytes for any number of
+    ``workers`` (None: all cores) and after any interruption: a call after one goes on with the
+    shards that are not finished. Where the set is already there, nothing is done. ``shard_bytes``
+    takes the place of ``samples_per_shard``.
 
-    Raises ValueError or FileNotFoundError for a source that cannot be used and for an ``out`` that
-    holds something else; nothing is left there then.
+    Raises ValueError or FileNotFoundError for a source that cannot be used, one that has changed
+    since an interrupted preparation, and an ``out`` that holds something else.
     """
     if samples_per_shard < 1 or (workers is not None and workers < 1):
         raise ValueError(
             f"samples_per_shard={samples_per_shard} and workers={workers}: give 1 or more"
         )
     out = Path(out)
+    size = {"samples_per_shard": samples_per_shard}
+    if shard_bytes is not None:
+        size = {"shard_bytes": shard_bytes}
     with _claimed(out):
         _recover(out)
         finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
         if finished is None:
             _refuse_foreign(out)
-        with _workspace(out) as work:
-            listing = source.open(work / "scratch")
+        work = Work(out / _WORK_NAME)
+        with _scratch(work):
+            listing = source.open(work.scratch)
             _refuse_own_output(listing, out)
             settings: dict[str, Any] = {
                 **listing.settings,
+                **treatment.settings,
+                **size,
                 "seed": seed,
-                "samples_per_shard": samples_per_shard,
                 "listing_sha256": listing.sha256,
             }
             if finished is not None:
                 _refuse_other(finished, settings)
                 logger.info("%s is already prepared: nothing to do", out)
                 return finished
-            _build(listing, settings, work / "set", workers, progress)
+            shards = _begin(work, listing, settings)
+            pack = PackShard(work, listing.reader, len(listing.classes), treatment)
+            _pack(PackShards(pack, 0, shards, workers), progress)
+            finish(work, listing, settings)
             _publish(work, out)
         return Manifest.load(out)
 
@@ -105,52 +118,140 @@ def _claimed(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{out} is a file: give a folder to write the shards to") from None
-    lock = out / LOCK_NAME
+    lock, owner = out / LOCK_NAME, out / OWNER_NAME
     try:
         with FileLock(lock, timeout=0):
+            owner.write_text(f"host {socket.gethostname()}, pid {os.getpid()}")
             try:
                 yield
             finally:
+                owner.unlink()
                 lock.unlink(missing_ok=True)
     except Timeout:
-        raise ValueError(f"another preparation is writing to {out}: wait for it to end") from None
+        raise ValueError(
+            f"another preparation ({_read(owner)}) is writing to {out}: wait for it to end"
+        ) from None
     finally:
         if not any(out.iterdir()):
             out.rmdir()
 
 
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    # A name of its own, so that a worker which outlives a killed run cannot write into the next.
-    work = out / f"{_PARTIAL}{secrets.token_hex(4)}"
-    (work / "scratch").mkdir(parents=True)
-    (work / "set").mkdir()
+def _read(owner: Path) -> str:
     try:
-        yield work
+        return owner.read_text()
+    except OSError:
+        return "of an unknown process"
+
+
+@contextmanager
+def _scratch(work: Work) -> Iterator[None]:
+    """An empty folder to open the source with; at the end, what a next call can use remains."""
+    shutil.rmtree(work.scratch, ignore_errors=True)
+    work.scratch.mkdir(parents=True)
+    try:
+        yield
     finally:
-        shutil.rmtree(work)
+        shutil.rmtree(work.scratch, ignore_errors=True)
+        if not (work.root / _SETTINGS_NAME).exists():
+            _discard(work)
+
+
+def _begin(work: Work, listing: Listing, settings: dict[str, Any]) -> int:
+    """Write the plan, or find that it is the one that was begun; returns its number of shards."""
+    content = {"settings": settings, "stamp": listing.stamp}
+    path = work.root / _SETTINGS_NAME
+    if path.exists():
+        _refuse_other_plan(work.root.parent, json.loads(path.read_text()), content)
+        for leftover in work.set.glob(".*.partial"):
+            leftover.unlink()
+        return len(Plan.load(work.plan).shards)
+    if not listing.items:
+        _refuse_empty(listing, {}, listing.rejected)
+    planned = plan(
+        listing.items,
+        settings["seed"],
+        samples_per_shard=settings.get("samples_per_shard"),
+        shard_bytes=settings.get("shard_bytes"),
+        ordered=listing.ordered,
+    )
+    for folder in (work.plan, work.set, work.records):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    planned.save(work.plan)
+    write_atomically(path, json.dumps(content).encode())
+    return len(planned.shards)
+
+
+def _refuse_other_plan(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    cure = f"give another folder, or delete {out / _WORK_NAME}"
+    for key in sorted(before["settings"].keys() | now["settings"].keys()):
+        old, new = before["settings"].get(key), now["settings"].get(key)
+        if old != new:
+            raise ValueError(
+                f"{out} holds an unfinished preparation with {key}={old}, now it is {new}: {cure}"
+            )
+    if before["stamp"] != now["stamp"]:
+        raise ValueError(
+            f"the source was modified since the unfinished preparation in {out} began: {cure}"
+        )
+
+
+def _pack(pack: PackShards, progress: Callable[[Progress], None] | None) -> None:
+    planned = Plan.load(pack.pack.work.plan)
+    left = pack.unfinished(planned)
+    _refuse_full_disk(pack, sum(planned.bytes_of(shard) for shard in left))
+    total = len(planned.items)
+    done = Progress(total - sum(shard.samples for shard in left), total, 0, 0)
+    if progress:
+        progress(done)
+    for packed in pack.run():
+        done = Progress(
+            done.images + packed.images,
+            done.total,
+            done.bytes + packed.bytes,
+            done.rejected + packed.rejected,
+        )
+        if progress:
+            progress(done)
+
+
+def _refuse_full_disk(pack: PackShards, needed: int) -> None:
+    free = shutil.disk_usage(pack.pack.work.root).free
+    if pack.pack.treatment.resize_short is None and needed > free:
+        raise ValueError(
+            f"{pack.pack.work.root.parent} has {free / 1e9:,.3f} GB free and {needed / 1e9:,.3f} "
+            "GB are needed: make room, or give a folder on another disk"
+        )
 
 
 def _recover(out: Path) -> None:
-    """Complete a set whose files were being moved in, and remove what was not complete."""
-    for work in sorted(out.glob(f"{_PARTIAL}*")):
-        if (work / "set" / MANIFEST_NAME).exists():
-            _publish(work, out)
-        shutil.rmtree(work)
+    """Complete a set whose files were being moved in."""
+    work = Work(out / _WORK_NAME)
+    if (work.set / MANIFEST_NAME).exists() or (out / MANIFEST_NAME).exists():
+        _publish(work, out)
 
 
-def _publish(work: Path, out: Path) -> None:
+def _publish(work: Work, out: Path) -> None:
     """Move the complete set in, its manifest last; can be repeated from any point."""
-    names = sorted(path.name for path in (work / "set").iterdir() if path.name != MANIFEST_NAME)
-    for name in names:
-        (work / "set" / name).replace(out / name)
-    sync(out)
-    (work / "set" / MANIFEST_NAME).replace(out / MANIFEST_NAME)
-    sync(out)
+    if work.set.exists():
+        names = sorted(path.name for path in work.set.iterdir() if path.name != MANIFEST_NAME)
+        for name in names:
+            (work.set / name).replace(out / name)
+        sync(out)
+    if (work.set / MANIFEST_NAME).exists():
+        (work.set / MANIFEST_NAME).replace(out / MANIFEST_NAME)
+        sync(out)
+    _discard(work)
+
+
+def _discard(work: Work) -> None:
+    # Without its settings, what remains when this is interrupted is no preparation.
+    (work.root / _SETTINGS_NAME).unlink(missing_ok=True)
+    shutil.rmtree(work.root, ignore_errors=True)
 
 
 def _refuse_foreign(out: Path) -> None:
-    foreign = sorted(path.name for path in out.iterdir() if path.name != LOCK_NAME)
+    foreign = sorted({path.name for path in out.iterdir()} - {LOCK_NAME, OWNER_NAME, _WORK_NAME})
     if foreign:
         raise ValueError(
             f"{out} holds {foreign[0]!r} and no shard set: give a new or an empty folder"
@@ -179,51 +280,67 @@ def _refuse_other(finished: Manifest, settings: dict[str, Any]) -> None:
             )
 
 
-def _build(
-    listing: Listing,
-    settings: dict[str, Any],
-    folder: Path,
-    workers: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    plans = plan(listing.items, settings["seed"], settings["samples_per_shard"])
-    tasks = [_Task(folder, shard, listing.reader, len(listing.classes)) for shard in plans]
-    results: dict[int, _Packed] = {}
-    done = 0
-    for position, packed in run_parallel(_pack, tasks, workers):
-        results[position] = packed
-        done += len(plans[position].items)
-        if progress:
-            progress(done, len(listing.items))
-    packs = [results[position] for position in range(len(plans))]
-    rejected = listing.rejected + [entry for packed in packs for entry in packed.rejected]
-    rejected.sort(key=lambda entry: entry.origin)
-    _write_rejected(folder / REJECTED_NAME, rejected)
-    _manifest(listing, settings, folder, plans, packs, rejected).save()
+def finish(work: Work, listing: Listing, settings: dict[str, Any]) -> None:
+    """Write what says of the packed shards that they are a set, the manifest last.
 
-
-def _pack(task: _Task) -> _Packed:
-    """Check the images of one shard and write it; runs in a worker."""
-    writer = ShardWriter(task.folder, task.plan.stem)
-    facts = Facts([0] * task.classes)
-    rejected = []
-    with own_pixel_limit():
-        for position, item in enumerate(task.plan.items):
-            try:
-                image = check(task.reader.read(item))
-            except RejectedImageError as reason:
-                rejected.append(Rejection(item.split, item.origin, str(reason)))
-                continue
-            writer.add(task.plan.key(position), image.data, image.extension, item.label)
-            facts.count(image, item.label)
-    return _Packed(writer.close(), facts, rejected)
-
-
-def _write_rejected(path: Path, rejected: list[Rejection]) -> None:
-    lines = [
-        json.dumps({"origin": entry.origin, "split": entry.split, "reason": entry.reason}) + "\n"
-        for entry in rejected
+    Raises ValueError where a split has no image; what was packed is removed then.
+    """
+    planned = Plan.load(work.plan)
+    summary = _summarise(work, listing, planned)
+    try:
+        _refuse_empty(listing, summary.shards, summary.rejected)
+    except ValueError:
+        _discard(work)
+        raise
+    _warn_of_gaps(listing, summary.parts)
+    _write_lines(
+        work.set / REJECTED_NAME,
+        [
+            {"origin": entry.origin, "split": entry.split, "reason": entry.reason}
+            for entry in summary.rejected
+        ],
+    )
+    doubles = [
+        {"origin": item.origin, "split": item.split, "same_as": [other.origin for other in others]}
+        for item, others in duplicates(planned, summary.marks, listing.reader)
     ]
+    if doubles:
+        _write_lines(work.set / DUPLICATES_NAME, doubles)
+    manifest = _manifest(listing, settings, work.set, summary, len(doubles))
+    card.write(manifest, summary.total)
+    manifest.save()
+
+
+@dataclass
+class _Summary:
+    """All records together."""
+
+    total: Facts
+    parts: dict[str, Facts]
+    shards: dict[str, list[Shard]]
+    rejected: list[Rejection]
+    marks: npt.NDArray[np.uint64]
+    reencoded: int = 0
+
+
+def _summarise(work: Work, listing: Listing, planned: Plan) -> _Summary:
+    classes = len(listing.classes)
+    marks = np.zeros(len(planned.items), np.uint64)
+    summary = _Summary(Facts([0] * classes), {}, {}, list(listing.rejected), marks)
+    for shard in planned.shards:
+        record = Record.load(work.record(shard))
+        summary.total.add(record.facts)
+        summary.parts.setdefault(shard.split, Facts([0] * classes)).add(record.facts)
+        summary.shards.setdefault(shard.split, []).extend([record.shard] if record.shard else [])
+        summary.rejected += record.rejected
+        summary.reencoded += record.reencoded
+        marks[shard.first : shard.first + shard.samples] = record.marks
+    summary.rejected.sort(key=lambda entry: entry.origin)
+    return summary
+
+
+def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(entry) + "\n" for entry in entries]
     write_atomically(path, "".join(lines).encode("ascii"))
 
 
@@ -231,22 +348,12 @@ def _manifest(
     listing: Listing,
     settings: dict[str, Any],
     folder: Path,
-    plans: list[ShardPlan],
-    packs: list[_Packed],
-    rejected: list[Rejection],
+    summary: _Summary,
+    doubles: int,
 ) -> Manifest:
-    total = Facts([0] * len(listing.classes))
-    parts: dict[str, Facts] = {}
-    shards: dict[str, list[Shard]] = {}
-    for shard_plan, packed in zip(plans, packs, strict=True):
-        total.add(packed.facts)
-        parts.setdefault(shard_plan.split, Facts([0] * len(listing.classes))).add(packed.facts)
-        shards.setdefault(shard_plan.split, []).extend([packed.shard] if packed.shard else [])
-    _refuse_empty(listing, shards, rejected)
-    _warn_of_gaps(listing, parts)
+    parts, shards = summary.parts, summary.shards
     measured = TRAIN if TRAIN in parts else str(listing.evaluation_split)
     mean, std = parts[measured].channel_statistics()
-    accepted = sum(total.counts)
     return Manifest(
         root=folder,
         name=listing.name,
@@ -255,20 +362,25 @@ def _manifest(
             name: Split(name, tuple(shards[name]), tuple(parts[name].counts))
             for name in sorted(parts)
         },
-        image_size=total.image_size,
+        image_size=summary.total.image_size,
         channel_mean=mean,
         channel_std=std,
         found=len(listing.items) + len(listing.rejected),
-        accepted=accepted,
-        rejected=len(rejected),
+        accepted=sum(summary.total.counts),
+        rejected=len(summary.rejected),
         settings=settings,
         tools={
             "reprise": version("reprise"),
+            "numpy": version("numpy"),
             "pillow": version("pillow"),
+            "simplejpeg": version("simplejpeg"),
             "zlib": str(features.version("zlib")),
         },
         task=listing.task,
         evaluation_split=listing.evaluation_split,
+        reencoded=summary.reencoded,
+        duplicates=doubles,
+        names=listing.names,
     )
 
 

@@ -1,6 +1,7 @@
 """The files of a folder or of a tar or tar.gz of one, listed without extracting."""
 
 import gzip
+import hashlib
 import os
 import posixpath
 import shutil
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from data_prep.listing import FolderReader, Item, RangeReader, Reader
+from data_prep.items import Item
+from data_prep.listing import FolderReader, RangeReader, Reader
+from data_prep.tars import GZIP_MAGIC, members
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 
 SPLITS = ("train", "val", "test")
@@ -24,24 +26,30 @@ SPLITS = ("train", "val", "test")
 class File:
     """A file of a tree; ``path`` uses slashes and starts below what was listed.
 
-    ``problem`` says why it cannot hold an image, without its content having been read.
+    ``problem`` says why it cannot hold an image, without its content having been read;
+    ``modified`` is in nanoseconds, and 0 for the members of an archive.
     """
 
     path: str
     offset: int
     size: int
     problem: str | None = None
+    modified: int = 0
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Files and folders sorted by path. ``base`` is the leading folder with its slash, or ""."""
+    """Files and folders sorted by path. ``base`` is the leading folder with its slash, or "".
+
+    ``stamp`` changes with the modification times.
+    """
 
     name: str
     base: str
     files: list[File]
     folders: list[str]
     reader: Reader
+    stamp: str
 
     def read(self, file: File) -> bytes:
         """Bytes of one file, outside of any split or class."""
@@ -64,10 +72,10 @@ def open_tree(path: Path, scratch: Path) -> Tree:
         raise ValueError(f"{path} is neither a file nor a folder: give a folder, a tar or a tar.gz")
     tar = path
     with path.open("rb") as file:
-        if file.read(2) == _GZIP_MAGIC:
+        if file.read(2) == GZIP_MAGIC:
             tar = scratch / "source.tar"
             _gunzip(path, tar)
-    files, folders = _members(path, tar)
+    files, folders = _contents(path, tar)
     return _tree(path, files, folders, RangeReader(tar))
 
 
@@ -95,11 +103,12 @@ def _walk(root: Path) -> tuple[list[File], list[str]]:
         if first != folder:
             raise ValueError(f"{folder} and {first} are one folder: remove one of the links")
         folders += [(folder / name).relative_to(root).as_posix() for name in names]
-        files += [_file(folder / name, root) for name in file_names]
+        files += [describe(folder / name, root) for name in file_names]
     return files, folders
 
 
-def _file(path: Path, root: Path) -> File:
+def describe(path: Path, root: Path) -> File:
+    """A file on disk, its path from ``root`` on; ValueError where it cannot be looked at."""
     name = path.relative_to(root).as_posix()
     try:
         status = path.stat()
@@ -108,7 +117,7 @@ def _file(path: Path, root: Path) -> File:
     except OSError as error:
         _raise(error)
     problem = None if stat.S_ISREG(status.st_mode) else "not a regular file"
-    return File(name, 0, status.st_size, problem)
+    return File(name, 0, status.st_size, problem, status.st_mtime_ns)
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -125,10 +134,10 @@ def _gunzip(path: Path, tar: Path) -> None:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _members(path: Path, tar: Path) -> tuple[list[File], list[str]]:
+def _contents(path: Path, tar: Path) -> tuple[list[File], list[str]]:
     files: dict[str, File] = {}
     folders: set[str] = set()
-    for member in _checked_members(path, tar):
+    for member in _plain_members(path, tar):
         name = posixpath.normpath(member.name)
         if member.isdir():
             folders.add(name)
@@ -141,37 +150,16 @@ def _members(path: Path, tar: Path) -> tuple[list[File], list[str]]:
     return list(files.values()), list(folders | above)
 
 
-def _checked_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
-    cure = "fetch the archive again"
-    try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                _refuse_unsafe(path, member)
-                yield member
-            # tarfile takes an archive cut in or before a header for one that ends there.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError(f"{path} is cut short or damaged at {archive.offset}: {cure}")
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is not a folder, a tar or a tar.gz, or it is damaged ({error}): {cure}"
-        ) from None
-
-
-def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
-    if member.issym() or member.islnk():
-        problem = f"is a link to {member.linkname!r}"
-    elif not (member.isdir() or member.isreg()) or member.issparse():
-        problem = "is neither a plain file nor a folder"
-    elif member.name.startswith("/") or ".." in member.name.split("/"):
-        problem = "leads out of the archive"
-    else:
-        return
-    raise ValueError(f"{path}: member {member.name!r} {problem}: pack plain files and folders only")
+def _plain_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
+    with tar.open("rb") as file:
+        yield from members(file, str(path))
 
 
 def _tree(path: Path, files: list[File], folders: list[str], reader: Reader) -> Tree:
     names = sorted(set(folders) - {"", "."})
     tops = {name.split("/", 1)[0] for name in names if not hidden(name)}
     base = "" if len(tops) != 1 or tops & set(SPLITS) else f"{tops.pop()}/"
-    return Tree(_stem(path), base, sorted(files, key=lambda file: file.path), names, reader)
+    files.sort(key=lambda file: file.path)
+    times = [path.stat().st_mtime_ns, *(file.modified for file in files)]
+    stamp = hashlib.sha256(repr(times).encode()).hexdigest()
+    return Tree(_stem(path), base, files, names, reader, stamp)

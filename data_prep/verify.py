@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.facts import Facts
-from data_prep.images import RejectedImageError, check, own_pixel_limit
-from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, REJECTED_NAME, Manifest, Shard
+from data_prep.images import RejectedImageError, Treatment, check, own_pixel_limit
+from data_prep.manifest import (
+    CARD_NAME,
+    CARD_PICTURE_NAME,
+    DUPLICATES_NAME,
+    LOCK_NAME,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    Manifest,
+    Shard,
+)
+from data_prep.pack import counts_pixels
 from data_prep.parallel import run_parallel
 from data_prep.writer import checksum, index_bytes, index_line
 
@@ -43,6 +53,7 @@ class _Task:
     shard: Shard
     classes: int
     owners: dict[str, str]
+    treatment: Treatment
 
 
 @dataclass
@@ -77,7 +88,8 @@ def verify(
     shards = [(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
     owners = {shard.sha256: shard.name for _, shard in shards}
     owners |= {shard.index_sha256: shard.name for _, shard in shards}
-    tasks = [_Task(root, shard, len(manifest.classes), owners) for _, shard in shards]
+    treatment = Treatment.of(manifest.settings)
+    tasks = [_Task(root, shard, len(manifest.classes), owners, treatment) for _, shard in shards]
     results: dict[int, _Checked] = {}
     done = 0
     for position, checked in run_parallel(_check_shard, tasks, workers):
@@ -89,7 +101,35 @@ def verify(
     if not findings:
         parts = [(name, results[n].facts) for n, (name, _) in enumerate(shards)]
         findings += _check_sums(manifest, parts)
-    return findings + _check_rejected(manifest) + _unknown_files(manifest)
+    return findings + _check_rest(manifest)
+
+
+def verify_quickly(root: Path) -> list[Finding]:
+    """Compare what is cheap to read with the manifest: the shards' sizes and their whole indices.
+
+    Finds what is missing, cut, exchanged or foreign, not a flipped byte within a shard. Raises
+    FileNotFoundError where there is no set.
+    """
+    root = Path(root)
+    try:
+        manifest = Manifest.load(root)
+    except ValueError as error:
+        return [Finding(MANIFEST_NAME, str(error))]
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    owners = {shard.index_sha256: shard.name for shard in shards}
+    findings: list[Finding] = []
+    for shard in shards:
+        checked = _Checked(shard, Facts([]))
+        try:
+            size = (root / shard.name).stat().st_size
+        except OSError as error:
+            checked.report(f"cannot be read ({error.strerror})")
+        else:
+            if size != shard.bytes:
+                checked.report(f"has {size} bytes, the manifest says {shard.bytes}")
+        _check_index(checked, root, owners, None)
+        findings += checked.findings
+    return findings + _check_rest(manifest)
 
 
 def _check_shard(task: _Task) -> _Checked:
@@ -108,35 +148,37 @@ def _check_shard(task: _Task) -> _Checked:
             owner = task.owners.get(digest)
             checked.report(f"is shard {owner}" if owner else "sha256 differs from the manifest")
         with own_pixel_limit():
-            lines = _check_samples(checked, data)
-    _check_index(checked, task, lines)
+            lines = _check_samples(checked, data, task.treatment)
+    _check_index(checked, task.root, task.owners, lines)
     return checked
 
 
-def _check_index(checked: _Checked, task: _Task, lines: list[str] | None) -> None:
-    name = task.shard.index
+def _check_index(
+    checked: _Checked, root: Path, owners: dict[str, str], lines: list[str] | None
+) -> None:
+    shard, name = checked.shard, checked.shard.index
     try:
-        data = (task.root / name).read_bytes()
+        data = (root / name).read_bytes()
     except OSError as error:
         checked.findings.append(Finding(name, f"cannot be read ({error.strerror})"))
         return
     digest = hashlib.sha256(data).hexdigest()
-    if digest != task.shard.index_sha256:
-        owner = task.owners.get(digest)
+    if digest != shard.index_sha256:
+        owner = owners.get(digest)
         problem = f"is the index of shard {owner}" if owner else "sha256 differs from the manifest"
         checked.findings.append(Finding(name, problem))
     elif lines is not None and not checked.findings and data != index_bytes(lines):
-        checked.findings.append(Finding(name, f"does not describe {task.shard.name}"))
+        checked.findings.append(Finding(name, f"does not describe {shard.name}"))
 
 
-def _check_samples(checked: _Checked, data: bytes) -> list[str]:
+def _check_samples(checked: _Checked, data: bytes, treatment: Treatment) -> list[str]:
     """Check the samples of the tar in ``data``; returns the lines of the index it should have."""
     lines = []
     members = _members(checked, data)
     for key, group in itertools.groupby(members, key=lambda member: member.name.split(".", 1)[0]):
         sample = list(group)
         lines.append(index_line([(_extension(m), m.offset_data, m.size, m.name) for m in sample]))
-        _check_sample(checked, data, key, sample)
+        _check_sample(checked, data, key, sample, counts_pixels(treatment, len(lines) - 1))
     if len(lines) != checked.shard.samples:
         checked.report(f"holds {len(lines)} samples, the manifest says {checked.shard.samples}")
     return lines
@@ -172,7 +214,9 @@ def _extension(member: tarfile.TarInfo) -> str:
     return member.name.partition(".")[2]
 
 
-def _check_sample(checked: _Checked, data: bytes, key: str, members: list[tarfile.TarInfo]) -> None:
+def _check_sample(
+    checked: _Checked, data: bytes, key: str, members: list[tarfile.TarInfo], counts: bool
+) -> None:
     extensions = [_extension(member) for member in members]
     start = members[0].offset_data
     if len(members) != 2 or extensions[0] not in IMAGE_EXTENSIONS or extensions[1] != "cls":
@@ -191,12 +235,14 @@ def _check_sample(checked: _Checked, data: bytes, key: str, members: list[tarfil
         checked.report(problem, key, members[1].offset_data)
         return
     try:
-        image = check(contents[0])
+        image = check(contents[0], statistics=counts)
     except RejectedImageError as reason:
         checked.report(str(reason), key, start)
         return
     if image.extension != extensions[0]:
         checked.report(f"{members[0].name} holds a {image.extension} image", key, start)
+    elif image.reencoded:
+        checked.report("readers decode the image differently", key, start)
     checked.facts.count(image, int(label))
 
 
@@ -224,25 +270,34 @@ def _check_sums(manifest: Manifest, parts: list[tuple[str, Facts]]) -> list[Find
     ]
 
 
-def _check_rejected(manifest: Manifest) -> list[Finding]:
+def _check_rest(manifest: Manifest) -> list[Finding]:
+    """What lies beside the shards."""
+    findings = _check_lines(manifest, REJECTED_NAME, manifest.rejected)
+    if manifest.duplicates:
+        findings += _check_lines(manifest, DUPLICATES_NAME, manifest.duplicates)
+    return findings + _unknown_files(manifest)
+
+
+def _check_lines(manifest: Manifest, name: str, expected: int) -> list[Finding]:
     try:
-        lines = (manifest.root / REJECTED_NAME).read_bytes().splitlines()
+        lines = (manifest.root / name).read_bytes().splitlines()
     except OSError as error:
-        return [Finding(REJECTED_NAME, f"cannot be read ({error.strerror})")]
+        return [Finding(name, f"cannot be read ({error.strerror})")]
     findings = []
     for number, line in enumerate(lines, 1):
         try:
             json.loads(line)
         except ValueError:
-            findings.append(Finding(REJECTED_NAME, f"line {number} is damaged"))
-    if len(lines) != manifest.rejected:
-        problem = f"has {len(lines)} lines, the manifest says {manifest.rejected}"
-        findings.append(Finding(REJECTED_NAME, problem))
+            findings.append(Finding(name, f"line {number} is damaged"))
+    if len(lines) != expected:
+        findings.append(Finding(name, f"has {len(lines)} lines, the manifest says {expected}"))
     return findings
 
 
 def _unknown_files(manifest: Manifest) -> list[Finding]:
-    known = {MANIFEST_NAME, REJECTED_NAME, LOCK_NAME}
+    known = {MANIFEST_NAME, REJECTED_NAME, CARD_NAME, CARD_PICTURE_NAME, LOCK_NAME}
+    if manifest.duplicates:
+        known.add(DUPLICATES_NAME)
     for split in manifest.splits.values():
         known |= {name for shard in split.shards for name in (shard.name, shard.index)}
     names = sorted(path.name for path in manifest.root.iterdir())

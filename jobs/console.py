@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from data_prep.prepare import Progress
     from pipeline.tasks import Summary
 
 log = logging.getLogger(__name__)
@@ -106,20 +107,52 @@ def wants_bar(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
+class Report(Protocol):
+    def __call__(self, done: int, total: int, before: int = 0, note: str = "") -> None:
+        """Of `total`, `done` are done, of them `before` in an earlier call; a note goes with it."""
+
+
 @contextmanager
-def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that moves a bar on a terminal and writes tenths elsewhere."""
+def preparation(what: str, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """`progress` of a preparation: with MB/s, and the images rejected so far."""
+    started = time.monotonic()
+    before: int | None = None
+    with progress(what, quiet) as report:
+
+        def show(now: Progress) -> None:
+            nonlocal before
+            before = now.images if before is None else before
+            rate = now.bytes / 1e6 / max(time.monotonic() - started, 1e-3)
+            note = f"{rate:.1f} MB/s, {now.rejected} rejected"
+            report(now.images, now.total, before, note)
+
+        yield show
+
+
+@contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Report]:
+    """A callback that moves a bar on a terminal and writes tenths elsewhere."""
     bar = tqdm(desc=what, unit=" images", dynamic_ncols=True, disable=not wants_bar(quiet))
     started, tenth = time.monotonic(), 0
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, before: int = 0, note: str = "") -> None:
         nonlocal tenth
-        bar.total = total
+        bar.total, bar.initial = total, before
+        bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
-        if bar.disable and total and done * 10 // total > tenth:
+        if bar.disable and done > before and done * 10 // total > tenth:
             tenth = done * 10 // total
-            rate = done / max(time.monotonic() - started, 1e-3)
-            log.info("%s: %d of %d images, %.0f images/s", what, done, total, rate)
+            rate = (done - before) / max(time.monotonic() - started, 1e-3)
+            said = f"{note}, " if note else ""
+            log.info(
+                "%s: %d of %d images, %.0f images/s, %s%s left",
+                what,
+                done,
+                total,
+                rate,
+                said,
+                tqdm.format_interval((total - done) / rate),
+            )
 
     try:
         yield report

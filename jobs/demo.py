@@ -21,7 +21,7 @@ def run(folder: Path, seed: int, quiet: bool) -> int:
     console.configure(quiet)
     shards, directory = folder / "digits", folder / "runs" / f"digits-seed{seed}"
     click.echo("1. preparing 1,797 handwritten digits as WebDataset shards")
-    with console.progress("preparing", quiet) as progress:
+    with console.preparation("preparing", quiet) as progress:
         prepare(open_source("digits", None), shards, progress=progress)
     if findings := verify(shards):
         raise ValueError(f"{findings[0]}: delete {shards} and call the demo again")

@@ -7,8 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+from tqdm import tqdm
+
+from data_prep.manifest import (
+    CARD_NAME,
+    CLASSIFICATION,
+    DUPLICATES_NAME,
+    REJECTED_NAME,
+    Manifest,
+)
 
 if TYPE_CHECKING:
+    from data_prep.estimate import Estimate
+    from data_prep.inspection import Inspection
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
@@ -73,6 +84,48 @@ def _phase(stretch: Stretch) -> str:
         f"phase {phase.name}: {', '.join(phase.trains)} for {most}{stretch.steps:,} steps, "
         f"{own.optimizer.name}, {own.schedule.name} schedule, scorer {own.scorer.name}"
     )
+
+
+def prepared(manifest: Manifest, seconds: float) -> str:
+    """A shard set in a few lines, and how long it took."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    size = sum(shard.bytes for shard in shards) / 1e6
+    counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
+    of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
+    lines = [
+        f"{manifest.root}: {counts} images{of}",
+        f"{size:,.1f} MB in {len(shards)} shards after {seconds:.1f} s; {manifest.reencoded} "
+        f"re-encoded; see {manifest.root / CARD_NAME}",
+    ]
+    for count, what, name in (
+        (manifest.rejected, f"of {manifest.found} rejected", REJECTED_NAME),
+        (manifest.duplicates, "images outside of train are in train, too", DUPLICATES_NAME),
+    ):
+        if count:
+            lines.append(f"{count} {what}: see {manifest.root / name}")
+    return "\n".join(lines)
+
+
+def estimated(found: Estimate, out: Path) -> str:
+    """What a preparation will take."""
+    return (
+        f"{out} would take {found.bytes / 1e9:,.3f} GB and {tqdm.format_interval(found.seconds)} "
+        f"for {found.images:,} images, within {2 * found.error:.0%} if the {found.sampled} images "
+        f"measured are like the others ({found.rejected} of them rejected)"
+    )
+
+
+def inspected(found: Inspection) -> str:
+    """The first samples and the counts per class."""
+    rows: list[list[object]] = [
+        [sample.key, sample.extension, f"{width}x{height}", f"{len(sample.image):,}", name]
+        for sample, (width, height), name in found.samples
+    ]
+    lines = [_table(rows, ["key", "kind", "pixels", "bytes", "class"])]
+    for where, counts in found.counts.items():
+        table: list[list[object]] = [[name, f"{count:,}"] for name, count in counts.items()]
+        lines += ["", f"{where}: {sum(counts.values()):,} images", _table(table, ["class", "n"])]
+    return "\n".join(lines)
 
 
 def summary(found: Summary) -> str:

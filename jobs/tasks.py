@@ -181,7 +181,7 @@ class Evaluate:
         from pipeline.run_directory import RunDirectory
         from pipeline.training import checkpoint, restore
         from pipeline.training.engine import DTYPES
-        from pipeline.training.plan import check_task
+        from pipeline.training.plan import check_task, open_set
         from pipeline.training.run import open_evaluation
 
         directory = RunDirectory(self.run)
@@ -190,7 +190,7 @@ class Evaluate:
         # Other images are normalised as those that the network was trained on.
         trained_on = found.load("identity")
         manifest = replace(
-            Manifest.load(self.data or config.data.path),
+            Manifest.load(self.data) if self.data else open_set(config.data),
             channel_mean=tuple(trained_on["channel_mean"]),
             channel_std=tuple(trained_on["channel_std"]),
         )

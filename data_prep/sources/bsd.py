@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.images import BYTE_LIMIT
-from data_prep.listing import Item, Listing, Rejection
+from data_prep.items import Item
+from data_prep.listing import Listing, Rejection
 from data_prep.manifest import DENOISING, TRAIN
 from data_prep.trees import File, Tree, hidden, open_tree
 
@@ -52,6 +53,7 @@ class BsdSource:
             settings={"source": "bsd"},
             task=DENOISING,
             evaluation_split=_TEST,
+            stamp=tree.stamp,
         )
 
 

@@ -9,7 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_prep.listing import Item, Listing, PixelReader
+from data_prep.items import Item
+from data_prep.listing import Listing, PixelReader
 from data_prep.sources.image_folder import list_classes
 from data_prep.trees import File, Tree, open_tree
 

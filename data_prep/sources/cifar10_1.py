@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.listing import Item, Listing, PixelReader
+from data_prep.items import Item
+from data_prep.listing import Listing, PixelReader
 from data_prep.sources.cifar import PIXELS, SIDE, check_labels
 
 DATA, LABELS = "cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.listing import Item, Listing, PixelReader
+from data_prep.items import Item
+from data_prep.listing import Listing, PixelReader
 
 SIDE = 32
 LEVELS = 16

@@ -1,11 +1,12 @@
 """Class folders: ``train/<class>/...`` beside ``val/<class>/...`` or ``test/<class>/...``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.images import BYTE_LIMIT
-from data_prep.listing import Item, Listing, Rejection
+from data_prep.items import Item, Items
+from data_prep.listing import Listing, Rejection
 from data_prep.manifest import TRAIN
 from data_prep.trees import SPLITS, File, Tree, hidden, open_tree
 
@@ -32,16 +33,8 @@ def list_classes(tree: Tree) -> Listing:
     that ``train`` lacks.
     """
     classes = _classes(tree)
-    items: list[Item] = []
     rejected: list[Rejection] = []
-    ids = {name: number for number, name in enumerate(classes)}
-    for file in tree.files:
-        split, class_name = _place(tree, file.path)
-        problem = _problem(file, split, class_name)
-        if problem:
-            rejected.append(Rejection(split, file.path, problem))
-        else:
-            items.append(Item(split, ids[class_name], file.path, file.offset, file.size))
+    items = Items.of(_items(tree, {name: n for n, name in enumerate(classes)}, rejected))
     return Listing(
         name=tree.name,
         classes=classes,
@@ -49,7 +42,18 @@ def list_classes(tree: Tree) -> Listing:
         rejected=rejected,
         reader=tree.reader,
         settings={"source": "folder"},
+        stamp=tree.stamp,
     )
+
+
+def _items(tree: Tree, ids: dict[str, int], rejected: list[Rejection]) -> Iterator[Item]:
+    """What can be an image; the rest goes to ``rejected``."""
+    for file in tree.files:
+        split, class_name = _place(tree, file.path)
+        if problem := _problem(file, split, class_name):
+            rejected.append(Rejection(split, file.path, problem))
+        else:
+            yield Item(split, ids[class_name], file.path, file.offset, file.size)
 
 
 def _place(tree: Tree, path: str) -> tuple[str, str]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_prep.files import OpenFiles
 from data_prep.manifest import Manifest, Shard, Split
 
 TAR_BLOCK = 512
 INDEX_VERSION = "v1.2"
 IMAGE_EXTENSIONS = ("jpg", "png")
-# Shuffling stays within a few shards at a time, so few open files serve sets of any size.
-OPEN_FILES = 64
 
 
 class ShardError(ValueError):
@@ -56,26 +54,27 @@ class ShardSet:
         self.sizes = tuple(shard.samples for shard in split.shards)
         self._classes = len(manifest.classes)
         self._image_size = manifest.image_size
-        self._paths = [manifest.root / shard.name for shard in split.shards]
+        folders = [manifest.folder_of(shard) for shard in split.shards]
+        self._paths = [
+            folder / shard.name for folder, shard in zip(folders, split.shards, strict=True)
+        ]
         self._ends = np.cumsum(self.sizes)
-        for shard in split.shards:
-            _check_files(shard, manifest)
-        parsed = [_parse_index(shard, manifest.root) for shard in split.shards]
+        for folder, shard in zip(folders, split.shards, strict=True):
+            _check_files(shard, folder, manifest)
+        parsed = [
+            _parse_index(shard, folder) for folder, shard in zip(folders, split.shards, strict=True)
+        ]
         # Per sample: offset and size of the image, offset and size of the label, in bytes.
         self._places = np.concatenate([places for places, _ in parsed])
         self._names = np.concatenate([names for _, names in parsed])
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(self._paths)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
-
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def read(self, samples: npt.NDArray[np.int64]) -> list[Sample]:
         """The samples of these ids, in this order, each by one positioned read.
@@ -104,7 +103,7 @@ class ShardSet:
         start = min(image, label) - TAR_BLOCK
         data = bytearray(max(image + size, label + label_size) - start)
         path = self._paths[number]
-        if os.preadv(self._file(number), [data], start) != len(data):
+        if os.preadv(self._files.descriptor(number), [data], start) != len(data):
             raise _sample_error(path, key, image, "the shard ends within this sample")
         for offset, member in ((image, name), (label, f"{key}.cls".encode())):
             # Catches a shard whose contents moved or are another's.
@@ -118,15 +117,6 @@ class ShardSet:
         encoded = np.frombuffer(data, np.uint8, size, image - start)
         return Sample(encoded, int(text), key, extension, path, image)
 
-    def _file(self, number: int) -> int:
-        if number in self._files:
-            self._files.move_to_end(number)
-            return self._files[number]
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[number] = os.open(self._paths[number], os.O_RDONLY)
-        return self._files[number]
-
 
 def _cure(root: Path) -> str:
     return f"run `reprise verify {root}`, then prepare the set again"
@@ -136,8 +126,7 @@ def _sample_error(shard: Path, key: str, offset: int, problem: str) -> ShardErro
     return ShardError(f"{shard.name}, key {key}, offset {offset}: {problem}; {_cure(shard.parent)}")
 
 
-def _check_files(shard: Shard, manifest: Manifest) -> None:
-    root = manifest.root
+def _check_files(shard: Shard, root: Path, manifest: Manifest) -> None:
     for name in (shard.name, shard.index):
         if not (root / name).is_file():
             raise ShardError(f"{root / name} is missing; {_cure(root)}")

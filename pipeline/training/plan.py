@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from data_prep.manifest import DENOISING, Manifest
-from pipeline.config import Config, ConfigError, Phase
+from pipeline.config import Config, ConfigError, Data, Phase
 from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
@@ -58,7 +60,7 @@ def plan(config: Config, world_size: int) -> Plan:
             groups, the numbers of steps, the phases, or a batch that the ranks cannot divide.
     """
     config = optim.scaled(config)
-    manifest = Manifest.load(config.data.path)
+    manifest = open_set(config.data)
     check_task(config, manifest)
     with torch.device("meta"):  # shapes alone: no weights are drawn
         model = build_model(config, len(manifest.classes))
@@ -82,6 +84,12 @@ def _stretch(model: Network, config: Config, phase: Phase, steps_per_epoch: int)
     phases.prepare(model, config, phase)
     steps = phases.most_steps(phase, steps_per_epoch)
     return Stretch(phase, own, optim.groups(model, own.optimizer), steps)
+
+
+def open_set(data: Data) -> Manifest:
+    """The manifest of a run's shard set, which knows where copies of its shards are."""
+    staged = tuple(Path(os.path.expandvars(folder)) for folder in data.staged)
+    return replace(Manifest.load(data.path), copies=staged)
 
 
 def check_task(config: Config, manifest: Manifest) -> None:

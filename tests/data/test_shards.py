@@ -4,6 +4,7 @@ import pickle
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import webdataset
 
 from pipeline.config import Augmentation
 from pipeline.data import eval_loader
-from pipeline.data.shards import OPEN_FILES, ShardSet
+from pipeline.data.shards import ShardSet
 from pipeline.distributed import World
 
 READERS = [("dali", 2), ("torch", 0), ("torch", 2)]
@@ -71,15 +72,40 @@ def test_webdataset_reads_the_same_samples(made):
 
 
 def test_open_files_are_few_and_do_not_travel(tmp_path):
-    made = shard_set.build(tmp_path, train=(1,), test=(1,) * (OPEN_FILES + 5))
+    made = shard_set.build(tmp_path, train=(1,), test=(1,) * 70)
     shards = opened(made)
+    before = open_files()
     keys = [sample.key for sample in shards.read(np.arange(len(shards)))]
-    assert len(shards._files) == OPEN_FILES
+    assert open_files() == before + 64
     copy = pickle.loads(pickle.dumps(shards))
-    assert not copy._files
+    assert open_files() == before + 64
     assert [sample.key for sample in copy.read(np.arange(len(copy)))] == keys
     shards.close()
     copy.close()
+    assert open_files() == before
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_shards_are_read_from_the_first_folder_that_has_them(made, tmp_path):
+    """One copy without a shard, one with a cut one, and the set itself without any."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        shutil.copytree(made.root, folder)
+    (first / "test-000000.tar").unlink()
+    (second / "test-000001.tar").write_bytes(b"cut")
+    expected = [sample.data.tobytes() for sample in read_all(made)]
+    manifest = replace(made, copies=(tmp_path / "nowhere", first, second))
+    for shard in made.evaluation.shards:
+        (made.root / shard.name).unlink()
+    samples = read_all(manifest)
+    assert [sample.data.tobytes() for sample in samples] == expected
+    assert {sample.shard.parent for sample in samples} == {first, second}
+    (first / "test-000001.idx").write_bytes((second / "test-000000.idx").read_bytes())
+    with pytest.raises(ValueError, match=r"first/test-000001.idx is the index of test-000000.tar"):
+        opened(manifest)
 
 
 def test_a_truncated_shard_is_refused_at_the_start(made):

@@ -1,7 +1,9 @@
 """Small images and sources that the tests of preparation are made of."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,20 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 def jpeg(seed: int, height: int = 12, width: int = 10) -> bytes:
     return encoded(picture(seed, height, width))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header promises more than its data holds."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def class_folders(root: Path, train: int = 6, test: int = 3) -> Path:

@@ -28,7 +28,7 @@ def read_all(listing):
 @pytest.mark.parametrize(
     ("kind", "path", "problem"),
     [
-        ("imagenet", "x", "unknown source 'imagenet': choose one of digits, folder, cifar"),
+        ("coco", "x", "unknown source 'coco': choose one of digits, folder, cifar"),
         ("folder", None, "needs the path"),
         ("digits", "x", "reads no x"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from pictures import encoded, jpeg, picture
 
 from data_prep.manifest import MANIFEST_NAME, REJECTED_NAME
-from data_prep.verify import verify
+from data_prep.verify import verify, verify_quickly
 from data_prep.writer import ShardWriter
 
 
@@ -197,3 +197,35 @@ def test_a_dropped_label_is_found(manifest):
     assert any(
         "holds jpg and not one of jpg or png, then cls" in p for p in problems(manifest.root)
     )
+
+
+def quick_problems(root):
+    return [str(finding) for finding in verify_quickly(root)]
+
+
+def test_the_quick_check_finds_what_is_missing_cut_exchanged_or_foreign(manifest):
+    assert verify_quickly(manifest.root) == []
+    first, second = (manifest.root / f"train-00000{n}.idx" for n in (0, 1))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    shard = manifest.root / "train-000002.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    (manifest.root / "test-000000.tar").unlink()
+    (manifest.root / "notes.txt").write_text("mine")
+    size = shard.stat().st_size
+    assert quick_problems(manifest.root) == [
+        "test-000000.tar: cannot be read (No such file or directory)",
+        "train-000000.idx: is the index of shard train-000001.tar",
+        "train-000001.idx: is the index of shard train-000000.tar",
+        f"train-000002.tar: has {size} bytes, the manifest says {size + 512}",
+        "notes.txt: is not part of the set",
+    ]
+
+
+def test_the_quick_check_reads_no_shard(manifest):
+    flip(manifest.root / "train-000001.tar", 700)
+    assert verify_quickly(manifest.root) == []
+    (manifest.root / MANIFEST_NAME).write_text("{")
+    (finding,) = verify_quickly(manifest.root)
+    assert finding.path == MANIFEST_NAME

@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+import zlib
 
 import pytest
 import webdataset
@@ -54,6 +55,15 @@ def test_it_is_a_plain_tar_without_times_and_owners(shard, tmp_path):
             assert tar.extractfile(f"{key}.{extension}").read() == image
             assert tar.extractfile(f"{key}.cls").read() == str(label).encode()
     assert (tmp_path / "set" / shard.name).stat().st_size % tarfile.RECORDSIZE == 0
+
+
+def test_the_headers_are_those_of_tarfile(shard, tmp_path):
+    data = (tmp_path / "set" / shard.name).read_bytes()
+    with tarfile.open(tmp_path / "set" / shard.name) as tar:
+        for member in tar:
+            assert member.uname == f"{zlib.crc32(tar.extractfile(member).read()):08x}"
+            header = data[member.offset : member.offset + tarfile.BLOCKSIZE]
+            assert header == member.tobuf(tarfile.USTAR_FORMAT)
 
 
 @pytest.mark.parametrize("with_tar", [True, False])

@@ -1,5 +1,6 @@
 """The command line: what it shows, what it refuses and how, and that a refusal leaves nothing."""
 
+import json
 import logging
 import os
 import shutil
@@ -156,7 +157,7 @@ def test_a_folder_with_other_files_is_not_taken(recipe: Path, tmp_path: Path) ->
 def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:
     made = reprise("prep", "folder", "--source", images, "--out", "set", "--quiet")
     assert made.code == 0
-    assert made.out == "set: 16 test, 64 train images of 4 classes\n"
+    assert made.out.startswith("set: 16 test, 64 train images of 4 classes\n")
     assert reprise("verify", "set").out == "set: as its manifest says\n"
     shard = Path("set/train-000000.tar")
     damaged = bytearray(shard.read_bytes())
@@ -166,6 +167,44 @@ def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:
     assert found.code == 1
     assert "train-000000.tar" in found.out
     assert "prepare it again" in found.err
+
+
+def test_a_set_is_estimated_made_looked_at_and_staged(reprise, images: Path, monkeypatch) -> None:
+    prep = ("prep", "folder", "--source", images, "--out", "set", "--quiet")
+    said = reprise(*prep, "--estimate")
+    assert said.code == 0
+    assert "for 80 images, within" in said.out
+    assert not Path("set").exists()
+    assert reprise(*prep, "--shard-size", "1MB").code == 0
+    assert json.loads(Path("set/manifest.json").read_text())["settings"]["shard_bytes"] == 10**6
+    assert reprise("verify", "set", "--quick").out.endswith("as its manifest says\n")
+    listed = reprise("inspect", "set", "--samples", "3", "--sheet", "sheet.png")
+    assert len([line for line in listed.out.splitlines() if line.startswith("test-")]) == 3
+    assert "train: 64 images" in listed.out
+    assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert "test-000000.tar: 16 images" in reprise("inspect", "set/test-000000.tar").out
+    assert reprise("stage", "set", "--to", "fast").out.startswith("fast: 2 shards copied, 0 there")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    share = reprise("stage", "set", "--to", "part", "--rank-aware")
+    assert share.out.startswith("part: 1 shards copied")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--shard-size", "256"), "'256' is no size: give such as 256MB"),
+        (("--shard-size", "1GB", "--samples-per-shard", "9"), "exclude each other"),
+        (("--trust", "--resize-short", "256"), "exclude each other"),
+        (("--quality", "80"), "give --resize-short too"),
+        (("--allow-partial",), "leave --allow-partial away"),
+    ],
+)
+def test_options_of_preparation_that_make_no_sense(reprise, images: Path, options, problem) -> None:
+    refused = reprise("prep", "folder", "--source", images, "--out", "set", *options)
+    assert refused.code == 2
+    assert problem in refused.err
+    assert not Path("set").exists()
 
 
 def test_lists(reprise) -> None:

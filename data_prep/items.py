@@ -1,0 +1,122 @@
+"""Millions of items in columns: 40 bytes and a name each, on disk what they are in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_COLUMNS = ("split", "label", "file", "offset", "size", "end", "name")
+TEXT = ("utf-8", "surrogateescape")
+_TYPES = "BiiqqqB"  # of the columns, as module array calls them
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a source. ``origin`` names it to a person and is unique within the source.
+
+    ``file``, ``offset`` and ``size`` tell the listing's reader where its bytes lie.
+    """
+
+    split: str
+    label: int
+    origin: str
+    offset: int
+    size: int
+    file: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """A sequence of items. ``splits`` names the values of the column ``split``; the origin of item
+    n is ``name[end[n - 1] : end[n]]``, in UTF-8."""
+
+    splits: tuple[str, ...]
+    split: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.int32]
+    file: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    name: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> Items:
+        """These items, taken one at a time."""
+        if isinstance(items, Items):
+            return items
+        splits: dict[str, int] = {}
+        split, label, file, offset, size, end, name = (array(kind) for kind in _TYPES)
+        for item in items:
+            split.append(splits.setdefault(item.split, len(splits)))
+            label.append(item.label)
+            file.append(item.file)
+            offset.append(item.offset)
+            size.append(item.size)
+            name.frombytes(item.origin.encode(*TEXT))
+            end.append(len(name))
+        columns = (split, label, file, offset, size, end, name)
+        return cls(tuple(splits), *(np.asarray(column) for column in columns))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Item:
+        return Item(
+            split=self.splits[self.split[number]],
+            label=int(self.label[number]),
+            origin=self._name(number).decode(*TEXT),
+            offset=int(self.offset[number]),
+            size=int(self.size[number]),
+            file=int(self.file[number]),
+        )
+
+    def _name(self, number: int) -> bytes:
+        start = int(self.end[number - 1]) if number else 0
+        return self.name[start : self.end[number]].tobytes()
+
+    def names(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[bytes]:
+        """The origins of these items, None: of all, in UTF-8."""
+        text = self.name.data
+        starts = np.concatenate(([0], self.end[:-1]))
+        ends = self.end
+        if numbers is not None:
+            starts, ends = starts[numbers], ends[numbers]
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield text[start:end].tobytes()
+
+    def digest(self, heading: Any) -> hashlib._Hash:
+        """SHA-256 over a heading and each item's split, label, origin and size, by origin."""
+        digest = hashlib.sha256(json.dumps(heading).encode())
+        splits = [json.dumps(split) for split in self.splits]
+        text = [name.decode(*TEXT) for name in self.names()]
+        split, label, size = self.split.tolist(), self.label.tolist(), self.size.tolist()
+        for n in sorted(range(len(text)), key=text.__getitem__):
+            origin = json.encoder.encode_basestring_ascii(text[n])
+            digest.update(f"[{splits[split[n]]}, {label[n]}, {origin}, {size[n]}]\n".encode())
+        return digest
+
+    def save(self, folder: Path) -> None:
+        """Write the columns into ``folder``."""
+        (folder / "splits.json").write_text(json.dumps(self.splits))
+        for column in _COLUMNS:
+            np.save(folder / f"{column}.npy", getattr(self, column))
+
+    @classmethod
+    def load(cls, folder: Path) -> Items:
+        """Columns that are read from disk where they are needed."""
+        splits = json.loads((folder / "splits.json").read_text())
+        return cls(
+            tuple(splits),
+            *(np.load(folder / f"{column}.npy", mmap_mode="r") for column in _COLUMNS),
+        )
