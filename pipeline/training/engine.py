@@ -26,6 +26,13 @@ from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def has_kernels(precision: str) -> bool:
+    """Whether this CPU has fast convolutions of the precision."""
+    ops = torch.ops.mkldnn
+    probes = {"bf16": ops._is_mkldnn_bf16_supported, "fp16": ops._is_mkldnn_fp16_supported}
+    return precision not in probes or bool(probes[precision]())
+
+
 class Engine:
     """One network with its optimizer, schedule and precision, on all ranks."""
 

@@ -23,7 +23,7 @@ from pipeline.tracking.tracker import Status
 from pipeline.training import checkpoint, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
-from pipeline.training.engine import DTYPES, Engine
+from pipeline.training.engine import DTYPES, Engine, has_kernels
 from pipeline.training.initial import start_from
 from pipeline.training.optim import scaled
 from pipeline.training.plan import Plan, build_model, plan
@@ -107,6 +107,12 @@ def _build(
     stop_requested: Callable[[], bool],
 ) -> Trainer:
     config = planned.config
+    if world.is_main and world.device.type == "cpu" and not has_kernels(config.train.precision):
+        log.warning(
+            "this CPU cannot compute in %s, and imitates it many times more slowly: "
+            "train.precision=fp32 is faster here",
+            config.train.precision,
+        )
     store = CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last)
     newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))

@@ -294,6 +294,16 @@ def test_the_last_checkpoint_that_cannot_be_written_is_an_error(
     assert train(tiny.config(), tmp_path / "run", stop_after=2) == Exit.USER_ERROR
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_precision_that_the_cpu_imitates_is_warned_of(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    monkeypatch.setattr("pipeline.training.run.has_kernels", lambda precision: supported)
+    assert train(tiny.config(), tmp_path / "run", stop_after=1) == 0
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert ("train.precision=fp32 is faster here" in log) != supported
+
+
 def test_the_digest_depends_on_the_order_of_keys() -> None:
     class Keys:
         def __init__(self, *keys: str) -> None:
