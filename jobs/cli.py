@@ -314,6 +314,57 @@ def embed(
 
 @cli.command()
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
+@QUIET
+def consolidate(run_dir: Path, quiet: bool) -> None:
+    """Replace the tied weights of relaxed sharing by their mean.
+
+    Writes RUN/consolidated, a run directory of the network that shares its weights, and evaluates
+    both. Training does the same when it ends.
+    """
+    from jobs import console, describe, tasks
+
+    console.configure(quiet)
+    before, after, angle, made = tasks.Consolidate(run_dir, quiet)()
+    click.echo(describe.consolidation(before, after, angle))
+    click.echo(f"consolidated: {made}")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option("--level", default=2, show_default=True, help="Counted from the input.")
+@click.option("--images", type=click.IntRange(1), help="The first of the split; default: all.")
+@click.option("--beside", type=FOLDER, multiple=True, help="Another run, ablated before.")
+@QUIET
+def ablate(
+    run_dir: Path, level: int, images: int | None, beside: tuple[Path, ...], quiet: bool
+) -> None:
+    """Switch the residual blocks of a level off and draw what it costs.
+
+    One after the other from the top and from the bottom, and one at a time: the figures and the
+    picture are in RUN/ablation.
+    """
+    from jobs import console, tasks
+
+    console.configure(quiet)
+    click.echo(tasks.Ablate(run_dir, level, images, beside, quiet)())
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+def trajectories(run_dir: Path) -> None:
+    """Draw how 100 training images move through the levels of a residual network.
+
+    Principal components of what goes into and comes out of each block, with the drift that all
+    images share and without: the points and the picture are in RUN/trajectories.
+    """
+    from jobs import console, tasks
+
+    console.configure(quiet=False)
+    click.echo(tasks.Trajectories(run_dir)())
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
 @click.option(
     "--beside",
     type=FOLDER,

@@ -39,6 +39,7 @@ def plan(planned: Plan) -> str:
     sigma, classes = config.data.sigma, len(manifest.classes)
     what = f"{classes} classes" if sigma is None else f"noise of sigma {sigma:g} of 255"
     train = config.train
+    trained = f", {cost.parameters + cost.surplus:,} in training" if cost.surplus else ""
     rows: list[list[object]] = [
         [
             *([stretch.phase.name] if config.phases else []),
@@ -57,6 +58,7 @@ def plan(planned: Plan) -> str:
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
             f"{config.schedule.name} schedule, seed {config.seed}",
             *(_phase(stretch) for stretch in planned.stretches if config.phases),
+            f"parameters: {cost.parameters:,}{trained}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
             *(
@@ -144,6 +146,16 @@ def summary(found: Summary) -> str:
         ["images/s", f"{found.images_per_second:,.0f}"],
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def consolidation(before: Summary, after: Summary, angle: float) -> str:
+    """The results of a network with relaxed sharing before and after consolidation."""
+    rows: list[list[object]] = [
+        [what, first, second]
+        for (what, first), (_, second) in zip(before.rows, after.rows, strict=True)
+    ]
+    table = _table(rows, ["", "before", "after"])
+    return f"{table}\ntied weights were at most {angle:.3f} degrees apart"
 
 
 def by_steps(found: Sequence[Summary]) -> str:

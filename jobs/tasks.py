@@ -19,7 +19,10 @@ from jobs import console, describe, stopping
 from jobs.errors import Exit, guarded
 
 if TYPE_CHECKING:
+    from data_prep.manifest import Manifest
     from pipeline.config import Config
+    from pipeline.distributed import World
+    from pipeline.models import Network
     from pipeline.run_directory import RunDirectory
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan
@@ -158,6 +161,53 @@ def _silence(*packages: str) -> None:
 
 
 @dataclass(frozen=True)
+class _Trained:
+    """The network of a run's newest or best checkpoint, on this rank's device."""
+
+    directory: RunDirectory
+    config: Config
+    manifest: Manifest
+    world: World
+    model: Network
+    step: int
+
+    @classmethod
+    def open(cls, run: Path, data: Path | None = None, best: bool = False) -> _Trained:
+        """`data` is another shard set than the run's own; joins the process group."""
+        from data_prep.manifest import Manifest
+        from pipeline.distributed import World
+        from pipeline.run_directory import RunDirectory
+        from pipeline.training import checkpoint, restore
+        from pipeline.training.plan import check_task, open_set
+
+        directory = RunDirectory(run)
+        config = directory.read_config()
+        found = checkpoint.find(directory.checkpoints, best=best)
+        # Other images are normalised as those that the network was trained on.
+        trained_on = found.load("identity")
+        manifest = replace(
+            Manifest.load(data) if data else open_set(config.data),
+            channel_mean=tuple(trained_on["channel_mean"]),
+            channel_std=tuple(trained_on["channel_std"]),
+        )
+        check_task(config, manifest)
+        world = World.detect()
+        world.start()
+        model = restore.trained_network(config, manifest, found, world.device)
+        return cls(directory, config, manifest, world, model, found.step)
+
+    def alone(self) -> World:
+        """What is only done by one rank sees the whole of the data.
+
+        Raises:
+            ValueError: there are several ranks.
+        """
+        if self.world.world_size > 1:
+            raise ValueError("this is done by one process: leave the launcher away")
+        return self.world
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Evaluate a run's checkpoint on its own or another shard set.
 
@@ -173,31 +223,15 @@ class Evaluate:
 
     def __call__(self) -> list[tuple[Summary, Path]]:
         """Each summary, and the folder that holds it and the per-sample results."""
-        from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
         from pipeline import tasks
-        from pipeline.distributed import World
         from pipeline.models.cost import measure
-        from pipeline.run_directory import RunDirectory
-        from pipeline.training import checkpoint, restore
         from pipeline.training.engine import DTYPES
-        from pipeline.training.plan import check_task, open_set
         from pipeline.training.run import open_evaluation
 
-        directory = RunDirectory(self.run)
-        config = directory.read_config()
-        found = checkpoint.find(directory.checkpoints, best=self.best)
-        # Other images are normalised as those that the network was trained on.
-        trained_on = found.load("identity")
-        manifest = replace(
-            Manifest.load(self.data) if self.data else open_set(config.data),
-            channel_mean=tuple(trained_on["channel_mean"]),
-            channel_std=tuple(trained_on["channel_std"]),
-        )
-        check_task(config, manifest)
-        world = World.detect()
-        world.start()
-        model = restore.trained_network(config, manifest, found, world.device)
+        opened = _Trained.open(self.run, self.data, self.best)
+        directory, config, world = opened.directory, opened.config, opened.world
+        manifest, model = opened.manifest, opened.model
         for number in self.steps:
             model.steps_taken(number)  # refuse a wrong number before the work on the right ones
         loader = open_evaluation(config, manifest, world, self.split)
@@ -211,7 +245,7 @@ class Evaluate:
                     world,
                     measure(model, config.data.augment.size, steps),
                     self.split or manifest.evaluation.name,
-                    found.step,
+                    opened.step,
                     DTYPES[config.train.precision],
                     _running_total(report, loader.samples),
                     task=tasks.of(config),
@@ -273,6 +307,117 @@ class Embed:
         out = self.out or directory.path / f"routes-{folder.name}.npz"
         write_atomically(out, content.getvalue())
         return out
+
+
+@dataclass(frozen=True)
+class Consolidate:
+    """Consolidate the newest weights of a run with relaxed sharing, as the end of training does."""
+
+    run: Path
+    quiet: bool = False
+
+    def __call__(self) -> tuple[Summary, Summary, float, Path]:
+        """Before and after, the largest angle between tied weights, and the directory made."""
+        from pipeline.run_directory import RunDirectory
+        from pipeline.training import consolidation, restore
+
+        shared = consolidation.shared(RunDirectory(self.run).read_config())
+        opened = _Trained.open(self.run)
+        opened.alone()
+        angle = consolidation.angle_of(opened.model)
+        made = consolidation.network(shared, len(opened.manifest.classes), opened.model)
+        identity = restore.identity(shared, opened.manifest)
+        written = consolidation.write(
+            opened.directory, shared, made, identity, step=opened.step, angle=angle
+        )
+        (before, _), *_ = Evaluate(self.run, quiet=self.quiet)()
+        (after, _), *_ = Evaluate(written.path, quiet=self.quiet)()
+        return before, after, angle, written.path
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Switch the blocks of a level off in every order, and draw the errors."""
+
+    run: Path
+    level: int
+    images: int | None = None
+    beside: tuple[Path, ...] = ()
+    quiet: bool = False
+
+    def __call__(self) -> Path:
+        """The picture, beside which are its figures."""
+        from pipeline.analysis import ablation
+        from pipeline.run_directory import RunDirectory
+        from pipeline.training.run import open_evaluation
+
+        others = [ablation.Ablation.load(self._folder(RunDirectory(run))) for run in self.beside]
+        opened = _Trained.open(self.run)
+        check_classifies(opened.config)
+        loader = open_evaluation(opened.config, opened.manifest, opened.alone())
+        total = loader.samples if self.images is None else min(self.images, loader.samples)
+        with console.progress("ablating", self.quiet) as report:
+            found = ablation.ablate(
+                opened.model,
+                loader,
+                run=self.run.resolve().name,
+                level=self.level,
+                size=opened.config.data.augment.size,
+                images=total,
+                on_batch=_running_total(report, total),
+            )
+        loader.close()
+        folder = self._folder(opened.directory)
+        found.save(folder)
+        ablation.draw(folder / "ablation.png", [found, *others])
+        return folder / "ablation.png"
+
+    def _folder(self, directory: RunDirectory) -> Path:
+        return directory.path / "ablation" / f"level-{self.level}"
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Draw where the representations of images go, level by level."""
+
+    run: Path
+
+    def __call__(self) -> Path:
+        """The picture, beside which are its points."""
+        from pipeline.analysis import trajectories
+        from pipeline.training.run import open_evaluation
+
+        opened = _Trained.open(self.run)
+        check_classifies(opened.config)
+        split = opened.manifest.train.name
+        loader = open_evaluation(opened.config, opened.manifest, opened.alone(), split)
+        size = opened.config.data.augment.size
+        points, labels = trajectories.collect(opened.model, loader, size)
+        loader.close()
+        projected = {
+            (level, drift): trajectories.project(found, drift=drift)
+            for level, found in points.items()
+            for drift in (True, False)
+        }
+        folder = opened.directory.path / "trajectories"
+        folder.mkdir(exist_ok=True)
+        named = {
+            f"level-{level}{'' if drift else '-without-drift'}": plane
+            for (level, drift), plane in projected.items()
+        }
+        trajectories.save(folder / "trajectories.npz", named | {"labels": labels})
+        trajectories.draw(folder / "trajectories.png", projected, labels)
+        return folder / "trajectories.png"
+
+
+def check_classifies(config: Config) -> None:
+    """Raises ValueError for a run of another task."""
+    from data_prep.manifest import CLASSIFICATION
+
+    if config.task != CLASSIFICATION:
+        raise ValueError(
+            f"model={config.model} is for {config.task}: give a run of a network that classifies"
+        )
 
 
 def _running_total(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:

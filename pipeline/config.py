@@ -6,13 +6,14 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Role = Literal["shared", "gate", "norm", "rest"]
+Role = Literal["shared", "tied", "gate", "norm", "rest"]
 TaskName = Literal["classification", "denoising"]
 
 
@@ -304,6 +305,34 @@ class Phase(_Section):
         return self
 
 
+class Pull(_Section):
+    """Weight of the pull of tied tensors to their mean over training (relaxed sharing)."""
+
+    points: tuple[tuple[float, float], ...] = Field(
+        default=((0.0, 1e-4), (1.0, 1e-1)),
+        description="(share of training, weight at it), in order; constant before and after",
+    )
+    between: Literal["exponential", "linear", "steps"] = Field(
+        default="exponential", description="how the weight goes from one point to the next"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Pull:
+        shares, weights = [p[0] for p in self.points], [p[1] for p in self.points]
+        if shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"points={list(self.points)}: shares of training must rise from 0 to 1"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"points={list(self.points)}: weights must be greater than 0")
+        if not any(after > before for before, after in pairwise(weights)):
+            raise ValueError(
+                f"points={list(self.points)} never rise, so that tied tensors are not brought "
+                "together: give a higher weight later, such as [[0, 1.0e-4], [1, 0.1]]"
+            )
+        return self
+
+
 class Train(_Section):
     epochs: int | None = Field(default=None, gt=0, description="None: as long as the phases")
     batch_size: int = Field(gt=0, description="global: all ranks, all accumulation steps")
@@ -337,6 +366,7 @@ class Config(_Section):
     steps: Steps = Steps()
     scorer: Scorer = Scorer()
     phases: tuple[Phase, ...] = Field(default=(), description="in order; none: one of train.epochs")
+    pull: Pull | None = Field(default=None, description="of relaxed sharing, None without it")
     train: Train
     checkpoints: Checkpoints = Checkpoints()
     experiment: str = "reprise"

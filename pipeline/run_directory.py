@@ -33,9 +33,15 @@ class RunDirectory:
         self.evaluation = path / "evaluation"
         self.report = path / "report.html"
         self.weights = path / "weights.safetensors"
+        self.consolidation = path / "consolidation.json"
         self._owner = path / "owner.json"
         # The kernel gives the lock back when its holder dies, however it dies.
         self._lock = FileLock(path / ".lock", blocking=False)
+
+    @property
+    def consolidated(self) -> RunDirectory:
+        """That of the network which consolidation makes of one with relaxed sharing."""
+        return RunDirectory(self.path / "consolidated")
 
     @property
     def exists(self) -> bool:
@@ -73,11 +79,16 @@ class RunDirectory:
 
         Raises:
             RunDirectoryInUse: somebody else owns it; the message says who.
-            ConfigError: it belongs to a run of another configuration.
+            ConfigError: it belongs to a run of another configuration, or is no run's.
         """
         foreign = self.path.is_dir() and any(self.path.iterdir()) and not self.exists
         if foreign and not (self.path / ".lock").exists():
             raise ConfigError(f"{self.path} holds other files: give another --run folder")
+        if self.consolidation.exists():
+            raise ConfigError(
+                f"{self.path} holds a consolidated network, which can be evaluated and not trained "
+                "on: give the run that it was made of"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()

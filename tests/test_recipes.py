@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from pipeline import recipes
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, Pull
 from pipeline.models import create_model, list_models
 from pipeline.recipes import RECIPES
 from pipeline.tracking import Tracker
@@ -114,6 +114,53 @@ def test_numbers_of_steps_are_drawn_as_in_section_5_3(
 ) -> None:
     steps = recipes.load(name).steps
     assert (steps.probabilities, steps.draw) == (probabilities, draw)
+
+
+# Relaxed sharing, Tables 1 to 3: parameters and error, %.
+SHARING = {
+    "rs_18": (1_732_010, 6.67),
+    "rs_18_middle-relaxed": (1_437_098, 6.67),
+    "rs_18_middle": (1_437_098, 7.78),
+    "rs_18_middle_minimal": (1_434_026, 7.23),
+    "rs_18_all-relaxed": (179_114, 10.63),
+    "rs_18_all": (179_114, 12.04),
+    "rs_18_all_minimal": (168_266, 11.18),
+    "rs_3": (363_146, 8.26),
+    "rs_3_all-relaxed": (169_610, 10.06),
+    "rs_3_all": (169_610, 10.29),
+    "rs_3_all_minimal": (168_266, 11.25),
+}
+
+
+@pytest.mark.parametrize("row", [*SHARING, "rs_18-no-drop", "rs_18_middle-relaxed-no-drop"])
+def test_a_row_of_relaxed_sharing_is_a_recipe(row: str, shards: Path) -> None:
+    """Sec. 4: 500 epochs of batch 128, lr 0.1 divided by 10 at 250 and 375, Nesterov, flips."""
+    name = f"relaxed/cifar10/{row}"
+    config = recipes.load(name)
+    flat = config.flat()
+    expected = {
+        "name": name,
+        "train.epochs": 500,
+        "train.batch_size": 128,
+        "optimizer.lr": 0.1,
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": True,
+        "optimizer.weight_decay": 1e-4,
+        "schedule.milestones": [250, 375],
+        "schedule.gamma": 0.1,
+        "data.augment.crop": "none",
+        "data.augment.flip": True,
+        "model_options.death_rate": None if "no-drop" in row else 0.5,
+        "model_options.sharing": "relaxed" if "relaxed" in row else None,
+    }
+    assert {key: flat.get(key) for key in expected} == expected
+    assert config.pull == (Pull() if "relaxed" in row else None)
+    if row in SHARING:
+        parameters, error = SHARING[row]
+        assert RECIPES[name].reported.startswith(f"{error:.2f} % error, Table")
+        # The tiny set has four classes, of 64 features and a bias, where the paper has ten.
+        planned = plan(recipes.load(name, [f"data.path={shards}", "train.batch_size=8"]), 1)
+        assert planned.cost.parameters == parameters - 6 * 65
 
 
 IMAGENET = [name for name in RECIPES if name.startswith("drnn/imagenet/")]

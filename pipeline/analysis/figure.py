@@ -8,15 +8,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup, escape
 
+from data_prep.files import write_atomically
 from pipeline.analysis.contents import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which remain distinct in every form of colour blindness. The page gives
 # each name a value for light and one for dark (`report.html`); these are the light ones.
@@ -96,6 +100,22 @@ def panels(
         figure.savefig(buffer, format="svg", metadata=nothing)
     picture.svg = _inline(buffer.getvalue(), picture)
     picture.width = round(width * PIXELS_PER_INCH)
+
+
+@contextmanager
+def saving(
+    path: Path, *, rows: int = 1, columns: int = 1, width: float, height: float
+) -> Iterator[tuple[Figure, npt.NDArray[Any]]]:
+    """A figure and its panels (rows, columns), in inches, that leaving the block saves as PNG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        yield figure, figure.subplots(rows, columns, squeeze=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
 
 
 def over_epochs(axes: Axes) -> None:

@@ -1,9 +1,10 @@
-"""Learning curves: loss terms, accuracy or PSNR, and learning rate over the epochs."""
+"""Learning curves: loss terms, accuracy or PSNR, learning rate and angles over the epochs."""
 
 from __future__ import annotations
 
 from pipeline.analysis.contents import Run
 from pipeline.analysis.figure import (
+    INK,
     SERIES,
     Picture,
     drawing,
@@ -20,6 +21,7 @@ _TERMS = {
     "train/different_routes": "different routes",
     "train/decided_routes": "decided routes",
     "train/skip_reward": "skip reward not taken",
+    "train/pull": "pull of tied weights",
     "train/squared_error": "half the squared error of a patch",
     "eval/loss": "cross entropy, evaluation",
 }
@@ -37,7 +39,7 @@ _RATIOS = {
 
 def draw(run: Run) -> list[Picture]:
     """One picture for each that has points."""
-    pictures = (_loss(run), _accuracy(run), _ratio(run), _learning_rate(run))
+    pictures = (_loss(run), _accuracy(run), _ratio(run), _learning_rate(run), _angles(run))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -103,6 +105,24 @@ def _learning_rate(run: Run) -> Picture | None:
             axes.plot(*thin(*groups[names[0]]), color=color, label=label)
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
+        over_epochs(axes)
+        legend_above(axes)
+    return picture
+
+
+def _angles(run: Run) -> Picture | None:
+    """Relaxed sharing: below one degree, consolidation does not cost accuracy (Sec. 3.1)."""
+    sets = [name for name in run.history if name.startswith("angle/")]
+    if not sets:
+        return None
+    picture = Picture(
+        "angles", "Largest angle between the weights of each tied set, logarithmic scale."
+    )
+    with drawing(picture) as axes:
+        for number, name in enumerate(sets):
+            axes.plot(*thin(*run.series(name)), color=SERIES[number % len(SERIES)], linewidth=1)
+        axes.axhline(1, color=INK, linestyle=(0, (5, 3)), linewidth=1, label="1 degree")
+        axes.set(ylabel="angle in each tied set, degrees", yscale="log")
         over_epochs(axes)
         legend_above(axes)
     return picture

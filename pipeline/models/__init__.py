@@ -8,7 +8,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from pipeline.models import denoising, mobilenet, recurrent_convolution, reset, resnet
+from pipeline.models import (
+    denoising,
+    mobilenet,
+    recurrent_convolution,
+    relaxed,
+    reset,
+    resnet,
+)
 from pipeline.models.network import Network, Output, Role
 from pipeline.models.stage import CellRoute, Policy
 
@@ -29,6 +36,7 @@ _MODELS: dict[str, Callable[..., Network]] = {
     **recurrent_convolution.MODELS,
     **denoising.MODELS,
     **reset.MODELS,
+    **relaxed.MODELS,
 }
 
 
@@ -38,7 +46,9 @@ def create_model(name: str, **options: Any) -> Network:
     Options, as far as the network has a use for them: num_classes, norm (of the recursive cells:
     none, shared, per_step, gated_per_step, per_path), target_rate (of the gates), steps (to choose
     from, of cost-adjustable networks), sync_norm (batch statistics over all ranks), stride_on (of
-    the bottleneck cells: 1x1, 3x3), controller (of ReSet's pools: cnn, rnn).
+    the bottleneck cells: 1x1, 3x3), controller (of ReSet's pools: cnn, rnn), sharing (between the
+    steps of a cell: raw, relaxed), death_rate (of the last residual cell in stochastic depth; None
+    without it).
 
     Raises:
         ValueError: an unknown name or option, or options that make no sense for the network.

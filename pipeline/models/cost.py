@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.network import Network
+from pipeline.models.sharing import surplus
 from pipeline.models.stage import RecursiveCell
 
 
@@ -49,11 +50,14 @@ class CellCost:
 class Cost:
     """`parameters` of the whole network; multiply-adds per image, of which `fixed` are outside the
     recursive cells and pools. `cells` are keyed by the name that their routes carry.
+
+    Relaxed sharing trains a `surplus` of parameters besides, which consolidation folds away.
     """
 
     parameters: int
     fixed: int
     cells: Mapping[str, CellCost]
+    surplus: int = 0
 
     @property
     def nominal(self) -> int:
@@ -141,10 +145,12 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
     # A controller is asked at every iteration by every sample, which is part of the fixed cost.
     cells |= {name: CellCost(tuple(count), router=0, target=None) for name, count in units.items()}
     looped = sum(sum(cell.per_step) + cell.steps * cell.router for cell in cells.values())
+    folded = surplus(shadow.tied_sets())
     return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()) - folded,
         fixed=counted["Global"] - looped,
         cells=cells,
+        surplus=folded,
     )
 
 

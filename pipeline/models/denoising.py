@@ -20,6 +20,7 @@ from pipeline.models.cells import ConvCell
 from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS
 from pipeline.models.routers import FixedRouter
+from pipeline.models.sharing import Sharing, check, convolution
 from pipeline.models.stage import RecursiveCell, Stage
 
 WIDTH = 64
@@ -34,14 +35,16 @@ class Denoiser(Network):
     image_size = 40
     channels = 1
 
-    def __init__(self, steps: tuple[int, ...], *, norm: str, sync_norm: bool) -> None:
+    def __init__(
+        self, steps: tuple[int, ...], *, norm: str, sync_norm: bool, sharing: Sharing
+    ) -> None:
         """`steps` of each cell, in order."""
         super().__init__()
         self.first = nn.Conv2d(1, WIDTH, 3, padding=1)
         cells = []
         for number, of_cell in enumerate(steps):
             bank = partial(BANKS[norm], steps=of_cell, sync=sync_norm)
-            cell = ConvCell(WIDTH, norm=bank)
+            cell = ConvCell(WIDTH, norm=bank, conv=convolution(sharing, of_cell))
             cells.append(
                 RecursiveCell(f"cells.{number}", cell, steps=of_cell, router=FixedRouter())
             )
@@ -71,6 +74,7 @@ def _denoiser(
     *,
     norm: str | None = None,
     sync_norm: bool = False,
+    sharing: str = "raw",
 ) -> Denoiser:
     """Refuse what makes no sense for this network, fill in its defaults, build it."""
     if not isinstance(sync_norm, bool):
@@ -82,7 +86,8 @@ def _denoiser(
             f"norm={norm!r} with {name}: it uses every cell once, so there are no steps to choose "
             "norms for; leave norm out, or take a recursive network (rc_r3_*)"
         )
-    return Denoiser(steps, norm=norm or DEFAULT_NORM, sync_norm=sync_norm)
+    shared = check(sharing, recursive=max(steps) > 1, name=name)
+    return Denoiser(steps, norm=norm or DEFAULT_NORM, sync_norm=sync_norm, sharing=shared)
 
 
 RECURRENT = {f"rc_r3_{n}": (n,) * CELLS for n in STEPS}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.models.network import Network
 from pipeline.models.norms import NormBank
 from pipeline.models.pool import Pool
+from pipeline.models.sharing import RelaxedConv
 from pipeline.models.stage import RecursiveCell, Stage
 
 Fold = Literal["mean", "first"]
@@ -25,7 +26,8 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     """A state of `model` from that of the static network that it was made of.
 
     A cell of n steps takes the next n cells of its stage, their `mean` or the `first` of them,
-    norms and running statistics included; the norms of all its steps start alike. Routers, which
+    norms and running statistics included; the norms of all its steps start alike. With relaxed
+    sharing the convolution of each step is that of its own cell. Routers, which
     the static network has not, stay as they are. As there are floor((cells - 1) / steps) recursive
     cells (Sec. 4.1), the last cells of a stage may be left over, fewer than a cell has steps.
 
@@ -87,9 +89,10 @@ def _fold_stage(
     for index, cell in enumerate(cells):
         # The last cell may have more steps than there are cells left, but never none to start from.
         end = max(position + 1, min(position + cell.steps, available))
-        for name, theirs_name in _names_in_a_static_cell(cell).items():
+        for name, (theirs_name, step) in _names_in_a_static_cell(cell).items():
+            places = range(position, end) if step is None else [min(position + step, end - 1)]
             sources[f"{prefix}.{index}.{name}"] = [
-                f"{prefix}.{place}.{theirs_name}" for place in range(position, end)
+                f"{prefix}.{place}.{theirs_name}" for place in places
             ]
         for name in cell.router.state_dict(prefix=f"{prefix}.{index}.router."):
             sources[name] = []
@@ -103,23 +106,30 @@ def _fill_pool(prefix: str, pool: Pool, sources: dict[str, list[str]]) -> None:
     for name in pool.state_dict(prefix=f"{prefix}."):
         if name.startswith(f"{prefix}.controller."):
             sources[name] = []
-    for ours, theirs in _names_with_one_step(pool.units).items():
+    for ours, (theirs, _) in _names_with_one_step(pool.units).items():
         sources[f"{prefix}.units.{ours}"] = [f"{prefix}.units.{theirs}"]
 
 
-def _names_in_a_static_cell(cell: RecursiveCell) -> dict[str, str]:
-    """Names of the cell's tensors -> what the same tensors are called with one step."""
+def _names_in_a_static_cell(cell: RecursiveCell) -> dict[str, tuple[str, int | None]]:
+    """Names of the cell's tensors -> what the same tensors are called with one step.
+
+    Those of relaxed convolutions come with the step that they alone are of.
+    """
     names = _names_with_one_step(cell.cell)
-    return {f"cell.{ours}": f"cell.{theirs}" for ours, theirs in names.items()}
+    return {f"cell.{ours}": (f"cell.{theirs}", step) for ours, (theirs, step) in names.items()}
 
 
-def _names_with_one_step(module: nn.Module) -> dict[str, str]:
-    names = {name: name for name in module.state_dict()}
-    for prefix, bank in module.named_modules():
-        if isinstance(bank, NormBank):
-            for index, norm in enumerate(bank.norms):
+def _names_with_one_step(cell: nn.Module) -> dict[str, tuple[str, int | None]]:
+    names: dict[str, tuple[str, int | None]] = {name: (name, None) for name in cell.state_dict()}
+    for prefix, module in cell.named_modules():
+        if isinstance(module, NormBank):
+            for index, norm in enumerate(module.norms):
                 for name in norm.state_dict():
-                    names[f"{prefix}.norms.{index}.{name}"] = f"{prefix}.norms.0.{name}"
+                    names[f"{prefix}.norms.{index}.{name}"] = f"{prefix}.norms.0.{name}", None
+        if isinstance(module, RelaxedConv):
+            for index, conv in enumerate(module.convs):
+                for name in conv.state_dict():
+                    names[f"{prefix}.convs.{index}.{name}"] = f"{prefix}.{name}", index
     return names
 
 

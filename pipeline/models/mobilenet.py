@@ -15,8 +15,10 @@ from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS, BatchNorm
 from pipeline.models.options import PREFIXES, Kind, Options
 from pipeline.models.pooling import global_average
-from pipeline.models.routers import FixedRouter, Gate, Router
-from pipeline.models.stage import CellRoute, RecursiveCell, Stage
+from pipeline.models.routers import FixedRouter, Gate, RandomDrop, Router
+from pipeline.models.routers.random_drop import survivals
+from pipeline.models.sharing import convolution
+from pipeline.models.stage import CellRoute, RecursiveCell, Stage, Weighs
 
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
@@ -58,6 +60,8 @@ class MobileNetV2(Network):
         self.norm = BatchNorm(STEM_CHANNELS, sync=chosen.sync_norm)
         self.stages = nn.ModuleList()
         channels = STEM_CHANNELS
+        # The first cell of a group changes the shape: it has no shortcut, and is never left out.
+        survival = survivals([n for cells in layout for n in cells[1:]], chosen.death_rate)
         for s, (group, repeats) in enumerate(zip(GROUPS, layout, strict=True)):
             cells = []
             for c, steps in enumerate(repeats):
@@ -68,11 +72,19 @@ class MobileNetV2(Network):
                     stride=group.stride if c == 0 else 1,
                     expansion=group.expansion,
                     norm=partial(bank, steps=steps, sync=chosen.sync_norm),
+                    conv=convolution(chosen.sharing, steps),
                 )
                 router: Router = FixedRouter()
                 if steps > 1 and chosen.target is not None:
                     router = Gate(channels, target=chosen.target, hidden=None)
-                cells.append(RecursiveCell(f"stages.{s}.{c}", cell, steps=steps, router=router))
+                weighs: Weighs = "cell"
+                if survival is not None and cell.has_shortcut:
+                    router, weighs = RandomDrop(survival.pop(0)), "branch"
+                cells.append(
+                    RecursiveCell(
+                        f"stages.{s}.{c}", cell, steps=steps, router=router, weighs=weighs
+                    )
+                )
                 channels = group.channels
             self.stages.append(Stage(cells))
         self.head = nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False)
@@ -102,6 +114,8 @@ def _mobilenet_v2(
     norm: str | None = None,
     target_rate: float | None = None,
     sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
 ) -> MobileNetV2:
     chosen = options.check(
         name,
@@ -111,6 +125,8 @@ def _mobilenet_v2(
         target_rate=target_rate,
         default_target=0.9,  # Sec. 4.2
         sync_norm=sync_norm,
+        sharing=sharing,
+        death_rate=death_rate,
     )
     return MobileNetV2(RECURSIVE if kind in options.RECURSIVE else STATIC, chosen)
 

@@ -11,9 +11,10 @@ from pipeline.models.pool import Pool
 from pipeline.models.routers import Router
 from pipeline.models.routers.controller import Controller
 from pipeline.models.scorers import Scorer
+from pipeline.models.sharing import RelaxedConv, SharedConv, TiedSet, tied_sets
 from pipeline.models.stage import CellRoute, Policy, RecursiveCell
 
-Role = Literal["shared", "gate", "norm", "rest"]
+Role = Literal["shared", "tied", "gate", "norm", "rest"]
 
 
 class Output(NamedTuple):
@@ -97,11 +98,20 @@ class Network(nn.Module):
             )
         return steps
 
+    def tied_sets(self) -> list[TiedSet]:
+        """The tensors that relaxed sharing pulls together; none without it.
+
+        Raises:
+            ValueError: tensors of different shapes.
+        """
+        return tied_sets(self)
+
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by the type of the module that holds it.
 
-        `shared`: used at more than one step; `gate`: of a router or controller; `norm`: of a batch
-        norm, wherever it stands; `rest`: everything else.
+        `shared`: used at more than one step; `tied`: of one step, pulled to those of the others;
+        `gate`: of a router or controller; `norm`: of a batch norm, wherever it stands; `rest`:
+        everything else.
         """
         roles: dict[str, Role] = {name: "rest" for name, _ in self.named_parameters()}
         # Modules come before their children, so the innermost role stays.
@@ -109,7 +119,9 @@ class Network(nn.Module):
             role = _role(module)
             if role is not None:
                 roles |= {name: role for name, _ in module.named_parameters(prefix)}
-        return roles
+            if isinstance(module, SharedConv):
+                roles[f"{prefix}.biases"] = "rest"
+        return roles | {name: "tied" for tied in self.tied_sets() for name in tied.members}
 
 
 def check_common_options(num_classes: int, sync_norm: bool) -> None:
@@ -128,6 +140,8 @@ def _role(module: nn.Module) -> Role | None:
             return "norm"
         case Router() | Controller():
             return "gate"
+        case RelaxedConv():
+            return "rest"
         case RecursiveCell() if module.steps > 1:
             return "shared"
         case Pool() if module.iterations > 1:

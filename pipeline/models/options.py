@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.models import sharing as of_steps
 from pipeline.models.norms import BANKS
+from pipeline.models.sharing import Sharing
 
 Kind = Literal["static", "recursive", "dynamic", "stochastic_depth", "adaptive"]
 # The prefix that a kind gives to a network's name.
@@ -23,7 +25,7 @@ RECURSIVE: tuple[Kind, ...] = ("recursive", "dynamic")
 @dataclass(frozen=True)
 class Options:
     """Checked options, defaults filled in. `norm` is of the recursive cells; `target` of the gates,
-    None without gates.
+    None without gates; `death_rate` of the last cell, None without stochastic depth.
     """
 
     kind: Kind
@@ -31,6 +33,8 @@ class Options:
     norm: str
     target: float | None
     sync_norm: bool
+    sharing: Sharing
+    death_rate: float | None
 
 
 def check(
@@ -42,6 +46,8 @@ def check(
     target_rate: float | None,
     default_target: float,
     sync_norm: bool,
+    sharing: str,
+    death_rate: float | None,
 ) -> Options:
     """Fill in the defaults of this kind of network.
 
@@ -66,7 +72,20 @@ def check(
             f"target_rate={target_rate} with {name}: it has no gates, so everything is executed; "
             "leave target_rate out, or take a network with gates (dr_*)"
         )
+    if death_rate is not None and kind in (*GATED, "stochastic_depth"):
+        raise ValueError(
+            f"death_rate={death_rate} with {name}: its cells are left out by a router of their own "
+            "already; leave death_rate out, or take a network without one (resnet*, r_*)"
+        )
     if kind in GATED and target_rate is None:
         target_rate = default_target
     default_norm = "gated_per_step" if kind == "dynamic" else "per_step"
-    return Options(kind, num_classes, norm or default_norm, target_rate, sync_norm)
+    return Options(
+        kind,
+        num_classes,
+        norm or default_norm,
+        target_rate,
+        sync_norm,
+        of_steps.check(sharing, recursive=kind in RECURSIVE, name=name),
+        death_rate,
+    )

@@ -27,8 +27,8 @@ from pipeline.models.cells import NormFactory, PreActivationCell
 from pipeline.models.network import Network, Output, check_common_options
 from pipeline.models.norms import BANKS, PerPathNorm
 from pipeline.models.pooling import global_average
-from pipeline.models.routers import FixedRouter
-from pipeline.models.stage import CellRoute, RecursiveCell, Stage
+from pipeline.models.sharing import Sharing, check, convolution
+from pipeline.models.stage import CellRoute, RecursiveCell, Stage, routing
 
 FIXED_NORMS = ("none", "shared", "per_step")
 ADJUSTABLE_NORMS = (*FIXED_NORMS, "per_path")
@@ -38,16 +38,21 @@ R4_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Which bank a cell gets; `choices` are the network's numbers of steps, empty where fixed."""
+class Parts:
+    """What the cells are made of; `choices` are the network's numbers of steps, empty where fixed.
 
-    kind: str
+    `norm` names the recurrent cells' bank, `death_rate` is the last cell's in stochastic depth.
+    """
+
+    norm: str
     choices: tuple[int, ...]
     sync: bool
+    sharing: Sharing
+    death_rate: float | None
 
     def bank(self, steps: int, *, first: bool) -> NormFactory:
         """For a cell of at most `steps` steps; before the `first` stage no steps vary."""
-        match self.kind:
+        match self.norm:
             case "per_path":
                 paths = {1: steps} if first else {n: min(n, steps) for n in self.choices}
                 return partial(PerPathNorm, paths=paths, sync=self.sync)
@@ -150,11 +155,18 @@ def _initialise(network: Network) -> None:
 
 
 def _r2(
-    steps: int, *, num_classes: int = 10, norm: str = "per_step", sync_norm: bool = False
+    steps: int,
+    *,
+    num_classes: int = 10,
+    norm: str = "per_step",
+    sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
 ) -> Network:
     check_common_options(num_classes, sync_norm)
     _check_norm(norm, FIXED_NORMS)
-    stages = _r2_stages(steps, Norms(norm, (), sync_norm))
+    shared = check(sharing, recursive=steps > 1, name=f"rc_r2_{steps}")
+    stages = _r2_stages(steps, Parts(norm, (), sync_norm, shared, death_rate))
     return RecurrentConvolution(
         stages, widths=R2_WIDTHS, num_classes=num_classes, between=InvertibleDownsampling()
     )
@@ -166,11 +178,14 @@ def _adjustable_r2(
     steps: Sequence[int] = (2, 3, 4),
     norm: str = "per_path",
     sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
 ) -> Network:
     check_common_options(num_classes, sync_norm)
     _check_norm(norm, ADJUSTABLE_NORMS)
     choices = _choices(steps)
-    stages = _r2_stages(max(choices), Norms(norm, choices, sync_norm))
+    shared = check(sharing, recursive=True, name="rc_r2")
+    stages = _r2_stages(max(choices), Parts(norm, choices, sync_norm, shared, death_rate))
     return RecurrentConvolution(
         stages,
         widths=R2_WIDTHS,
@@ -180,39 +195,55 @@ def _adjustable_r2(
     )
 
 
-def _r2_stages(steps: int, norms: Norms) -> list[Stage]:
+def _r2_stages(steps: int, parts: Parts) -> list[Stage]:
     """C_1^n and C_2^n, each with its pooling after step ceil(n/2)."""
+    routers = routing([steps] * len(R2_WIDTHS), parts.death_rate)
     return [
         Stage(
             [
                 RecursiveCell(
                     f"stages.{number}.0",
-                    PreActivationCell(width, width, norm=norms.bank(steps, first=number == 0)),
+                    PreActivationCell(
+                        width,
+                        width,
+                        norm=parts.bank(steps, first=number == 0),
+                        conv=convolution(parts.sharing, steps),
+                    ),
                     steps=steps,
-                    router=FixedRouter(),
+                    router=router,
                     pool_midway=True,
+                    weighs=weighs,
                 )
             ]
         )
-        for number, width in enumerate(R2_WIDTHS)
+        for number, (width, (router, weighs)) in enumerate(zip(R2_WIDTHS, routers, strict=True))
     ]
 
 
-def _s2(steps: int, scale: float, *, num_classes: int = 10, sync_norm: bool = False) -> Network:
+def _s2(
+    steps: int,
+    scale: float,
+    *,
+    num_classes: int = 10,
+    sync_norm: bool = False,
+    death_rate: float | None = None,
+) -> Network:
     check_common_options(num_classes, sync_norm)
-    norms = Norms("per_step", (), sync_norm)
+    parts = Parts("per_step", (), sync_norm, "raw", death_rate)
     widths = tuple(round(width * scale) for width in R2_WIDTHS)
+    routers = iter(routing([1] * steps * len(widths), death_rate))
     stages = [
         Stage(
             RecursiveCell(
                 f"stages.{number}.{index}",
-                PreActivationCell(width, width, norm=norms.bank(1, first=True)),
+                PreActivationCell(width, width, norm=parts.bank(1, first=True)),
                 steps=1,
-                router=FixedRouter(),
+                router=router,
                 # After its only step, which is step ceil(n/2) of the unrolled cell.
                 pool_midway=index + 1 == (steps + 1) // 2,
+                weighs=weighs,
             )
-            for index in range(steps)
+            for index, (router, weighs) in zip(range(steps), routers, strict=False)
         )
         for number, width in enumerate(widths)
     ]
@@ -230,30 +261,47 @@ def _adjustable_r4(
     steps: Sequence[int] = (1, 2, 3),
     norm: str = "per_path",
     sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
 ) -> Network:
     check_common_options(num_classes, sync_norm)
     _check_norm(norm, ADJUSTABLE_NORMS)
     choices = _choices(steps)
-    stages = _r4_stages((max(choices),), Norms(norm, choices, sync_norm))
+    shared = check(sharing, recursive=True, name="rc_r4")
+    stages = _r4_stages((max(choices),), Parts(norm, choices, sync_norm, shared, death_rate))
     return RecurrentConvolution(stages, widths=R4_WIDTHS, num_classes=num_classes, choices=choices)
 
 
-def _s4(steps: int, *, num_classes: int = 10, sync_norm: bool = False) -> Network:
+def _s4(
+    steps: int,
+    *,
+    num_classes: int = 10,
+    sync_norm: bool = False,
+    death_rate: float | None = None,
+) -> Network:
     check_common_options(num_classes, sync_norm)
-    stages = _r4_stages((1,) * steps, Norms("per_step", (), sync_norm))
+    stages = _r4_stages((1,) * steps, Parts("per_step", (), sync_norm, "raw", death_rate))
     return RecurrentConvolution(stages, widths=R4_WIDTHS, num_classes=num_classes)
 
 
-def _early_exit(*, num_classes: int = 10, sync_norm: bool = False) -> Network:
+def _early_exit(
+    *,
+    num_classes: int = 10,
+    sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
+) -> Network:
     check_common_options(num_classes, sync_norm)
-    stages = _r4_stages((R4_STEPS,), Norms("per_step", (), sync_norm))
+    shared = check(sharing, recursive=True, name="rc_early_exit")
+    stages = _r4_stages((R4_STEPS,), Parts("per_step", (), sync_norm, shared, death_rate))
     return EarlyExit(stages, widths=R4_WIDTHS, num_classes=num_classes)
 
 
-def _r4_stages(unrolled: tuple[int, ...], norms: Norms) -> list[Stage]:
+def _r4_stages(unrolled: tuple[int, ...], parts: Parts) -> list[Stage]:
     """T_i, which changes channels and resolution, then cells of the given numbers of steps."""
     stages = []
     widths = (R4_WIDTHS[0], *R4_WIDTHS)
+    routers = iter(routing((1, *unrolled) * len(R4_WIDTHS), parts.death_rate))
     for number, (before, width) in enumerate(pairwise(widths)):
         cells = [
             RecursiveCell(
@@ -262,12 +310,16 @@ def _r4_stages(unrolled: tuple[int, ...], norms: Norms) -> list[Stage]:
                     before if index == 0 else width,
                     width,
                     stride=2 if number > 0 and index == 0 else 1,
-                    norm=norms.bank(steps, first=number == 0),
+                    norm=parts.bank(steps, first=number == 0),
+                    conv=convolution(parts.sharing, steps),
                 ),
                 steps=steps,
-                router=FixedRouter(),
+                router=router,
+                weighs=weighs,
             )
-            for index, steps in enumerate((1, *unrolled))
+            for (index, steps), (router, weighs) in zip(
+                enumerate((1, *unrolled)), routers, strict=False
+            )
         ]
         stages.append(Stage(cells))
     return stages

@@ -23,7 +23,8 @@ from pipeline.models.options import PREFIXES, Kind, Options
 from pipeline.models.pooling import global_average
 from pipeline.models.routers import FixedRouter, Gate, RandomDrop, Router
 from pipeline.models.routers.gate import HIDDEN
-from pipeline.models.routers.random_drop import linear_decay
+from pipeline.models.routers.random_drop import linear_decay, survivals
+from pipeline.models.sharing import convolution
 from pipeline.models.stage import CellRoute, RecursiveCell, Stage
 
 Layout = tuple[tuple[int, ...], ...]
@@ -84,11 +85,10 @@ class ResNet(Network):
 def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[RecursiveCell]]:
     """The cells of each stage."""
     channels = form.stem_channels
-    count, total = 0, sum(len(stage) for stage in layout)
+    survival = _survival(layout, chosen)
     for s, (width, stage) in enumerate(zip(form.widths, layout, strict=True)):
         cells = []
         for c, steps in enumerate(stage):
-            count += 1
             # The bank of a cell used once has one norm, whatever the recursive ones have.
             bank = BANKS[chosen.norm if steps > 1 else "per_step"]
             cell = form.cell(
@@ -96,9 +96,10 @@ def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[Recursi
                 width,
                 stride=2 if s > 0 and c == 0 else 1,
                 norm=partial(bank, steps=steps, sync=chosen.sync_norm),
+                conv=convolution(chosen.sharing, steps),
             )
-            router = _router(chosen, channels, steps, linear_decay(count, total))
-            branch = chosen.kind in ("stochastic_depth", "adaptive")
+            router = next(survival) if survival else _router(chosen, channels, steps)
+            branch = survival is not None or chosen.kind == "adaptive"
             cells.append(
                 RecursiveCell(
                     f"stages.{s}.{c}",
@@ -112,10 +113,17 @@ def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[Recursi
         yield cells
 
 
-def _router(chosen: Options, channels: int, steps: int, survival: float) -> Router:
-    """The router of one cell: that of a cell with one step decides only where all have one."""
+def _survival(layout: Layout, chosen: Options) -> Iterator[RandomDrop] | None:
+    """The routers of stochastic depth, cell by cell; None without it."""
+    steps = [cell for stage in layout for cell in stage]
     if chosen.kind == "stochastic_depth":
-        return RandomDrop(survival=survival)
+        return (RandomDrop([linear_decay(n, len(steps))]) for n in range(1, len(steps) + 1))
+    found = survivals(steps, chosen.death_rate)
+    return map(RandomDrop, found) if found else None
+
+
+def _router(chosen: Options, channels: int, steps: int) -> Router:
+    """The router of one cell: that of a cell with one step decides only where all have one."""
     if chosen.target is not None and chosen.kind == "adaptive":
         return Gate(channels, target=chosen.target, norm=BatchNorm(HIDDEN, sync=chosen.sync_norm))
     if chosen.target is not None and steps > 1:
@@ -132,6 +140,8 @@ def _on_cifar(
     norm: str | None = None,
     target_rate: float | None = None,
     sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
 ) -> ResNet:
     chosen = options.check(
         name,
@@ -141,6 +151,8 @@ def _on_cifar(
         target_rate=target_rate,
         default_target=0.7,  # Sec. 4.1
         sync_norm=sync_norm,
+        sharing=sharing,
+        death_rate=death_rate,
     )
     return ResNet(layout, CIFAR, chosen)
 
@@ -155,6 +167,8 @@ def _on_imagenet(
     norm: str | None = None,
     target_rate: float | None = None,
     sync_norm: bool = False,
+    sharing: str = "raw",
+    death_rate: float | None = None,
     stride_on: StrideOn = "1x1",
 ) -> ResNet:
     if stride_on not in get_args(StrideOn):
@@ -169,6 +183,8 @@ def _on_imagenet(
         target_rate=target_rate,
         default_target=default_target,
         sync_norm=sync_norm,
+        sharing=sharing,
+        death_rate=death_rate,
     )
     form = replace(IMAGENET, cell=partial(Bottleneck, stride_on=stride_on))
     return ResNet(layout, form, chosen)

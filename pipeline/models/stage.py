@@ -18,18 +18,18 @@ which steps have the same weights:
 | relaxed parameter sharing      | basic, biases   | N     | per step       | fixed      | relaxed |
 | ReSet                          | residual branch | N     | per step       | controller | pool    |
 
-(Relaxed sharing's row says where that paper fits; the others are built, ReSet's in pool.py. For
-recurrent convolution the number of steps is drawn by the trainer, one for the whole network, and is
-an argument here.)
+(ReSet's is built in pool.py. For recurrent convolution the number of steps is drawn by the trainer,
+one for the whole network, and is an argument here.)
 
-`RecursiveCell` is one cell with its steps, norms and router: one set of weights, shared by all its
-steps. `Stage` is a run of them at one resolution; without sharing, it is a run of cells that are
-used once, so a static network is this same code.
+`RecursiveCell` is one cell with its steps, norms and router: one set of convolutions, shared by all
+its steps or, relaxed, one for each that are tied (sharing.py). `Stage` is a run of them at one
+resolution; without sharing, it is a run of cells that are used once, so a static network is this
+same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,17 +38,21 @@ from torch import Tensor, nn
 
 from pipeline.models.cells import ResidualCell
 from pipeline.models.norms import GatedPerStepNorm, Step
-from pipeline.models.routers import Router
+from pipeline.models.routers import FixedRouter, RandomDrop, Router
+from pipeline.models.routers.random_drop import survivals
+
+Weighs = Literal["cell", "branch"]
 
 
 class CellRoute(NamedTuple):
     """Which samples executed which steps of one recursive cell.
 
     `cell` is the dotted module name in the network. `weights` (N, steps), float32, is the weight of
-    F(x) in each step: exactly 0 or 1, with the router's gradient. `executed` (N, steps), bool, is
-    the same without gradient. `target` is the t of DRNN Eq. 12: step i (from 1) should be executed
-    by t^i of the samples; None where nothing is aimed at. `policy` is that of the pool whose unit
-    the cell is: its weights may then be any from 0 to 1.
+    F(x) in each step: exactly 0 or 1, with the router's gradient; where stochastic depth is
+    evaluated, the rate of survival. `executed` (N, steps), bool, says which are not 0. `target` is
+    the t of DRNN Eq. 12: step i (from 1) should be executed by t^i of the samples; None where
+    nothing is aimed at. `policy` is that of the pool whose unit the cell is: its weights may then
+    be any from 0 to 1.
     """
 
     cell: str
@@ -86,13 +90,13 @@ class RecursiveCell(nn.Module):
     out of the loop stays out: G at step i is the product of the router's answers up to i. With
     `pool_midway`, 2x2 average pooling follows step ceil(n/2) of the n steps taken (RC Sec. 5).
 
-    With weighs="branch", G is the weight of the residual branch instead, so that a cell that
-    changes the shape can be skipped too: relu(shortcut(x) + G residual(x)).
+    With weighs="branch", G is the weight of the residual branch instead, each step's by itself, so
+    that a cell that changes the shape can be skipped too: relu(shortcut(x) + G residual(x)).
 
     Raises:
         ValueError: a norm bank that separates skipped samples, with a router that skips none; a
             pooling in the middle, with a router that lets every sample take its own steps; a branch
-            to weigh in a cell that has no branches, or at several steps.
+            to weigh in a cell that has none, or at several steps of a router that decides.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class RecursiveCell(nn.Module):
         steps: int,
         router: Router,
         pool_midway: bool = False,
-        weighs: Literal["cell", "branch"] = "cell",
+        weighs: Weighs = "cell",
     ) -> None:
         super().__init__()
         gated_norm = any(isinstance(module, GatedPerStepNorm) for module in cell.modules())
@@ -117,10 +121,11 @@ class RecursiveCell(nn.Module):
                 "pool_midway with a router that decides: every sample then takes its own number of "
                 "steps, and they have no common middle: use the fixed router"
             )
-        if weighs == "branch" and not (isinstance(cell, ResidualCell) and steps == 1):
+        if weighs == "branch" and not _can_weigh(cell, steps, router):
             raise ValueError(
-                f"weighs='branch' with {steps} steps of {type(cell).__name__}: a branch is weighed "
-                "once, in a residual cell; use weighs='cell'"
+                f"weighs='branch' with {steps} steps of {type(cell).__name__}: only a residual "
+                "cell has a branch to weigh, and a router that decides weighs it once; use "
+                "weighs='cell'"
             )
         self.name = name
         self.cell = cell
@@ -164,11 +169,11 @@ class RecursiveCell(nn.Module):
         inside = torch.ones(len(x), device=x.device)
         weights = []
         for index in range(taken):
-            gate = self.router(x)
+            gate = self.router(x, index)
             if gate is None:
                 x = self.cell(x, Step(index, upstream_steps))  # Eq. 1
             else:
-                inside = inside * gate
+                inside = gate if self.weighs == "branch" else inside * gate
                 step = Step(index, upstream_steps, inside.detach() > 0)
                 weight = inside[:, None, None, None]
                 if self.weighs == "branch":
@@ -187,7 +192,7 @@ class RecursiveCell(nn.Module):
         inside = torch.arange(len(x), device=x.device)
         for index in range(self.steps):
             current = x if len(inside) == len(x) else x[inside]
-            stays = self.router(current) > 0
+            stays = self.router(current, index) > 0
             inside = inside[stays]
             if len(inside) == 0:
                 break
@@ -214,6 +219,12 @@ class RecursiveCell(nn.Module):
         return self.cell.activation(y), weights
 
 
+def _can_weigh(cell: nn.Module, steps: int, router: Router) -> bool:
+    if router.decides:
+        return steps == 1 and isinstance(cell, ResidualCell)
+    return bool(cell.has_shortcut)
+
+
 class Stage(nn.ModuleList):
     """Recursive cells in sequence, at one resolution after the first."""
 
@@ -230,3 +241,17 @@ class Stage(nn.ModuleList):
             if route is not None:
                 routes.append(route)
         return x, tuple(routes)
+
+
+def routing(steps: Sequence[int], death_rate: float | None) -> list[tuple[Router, Weighs]]:
+    """Routers for residual cells of so many steps, in order, and what they weigh.
+
+    Stochastic depth that decays to `death_rate`; fixed ones without it.
+
+    Raises:
+        ValueError: death_rate is not in (0, 1).
+    """
+    found = survivals(steps, death_rate)
+    if found is None:
+        return [(FixedRouter(), "cell") for _ in steps]
+    return [(RandomDrop(survival), "branch") for survival in found]

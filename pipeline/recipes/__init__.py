@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
-from pipeline.recipes import drnn, rc, rc_denoising, reset
+from pipeline.recipes import drnn, rc, rc_denoising, relaxed, reset
 from pipeline.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
@@ -16,6 +16,7 @@ RECIPES: dict[str, Recipe] = {
     **rc.RECIPES,
     **rc_denoising.RECIPES,
     **reset.RECIPES,
+    **relaxed.RECIPES,
 }
 
 

@@ -14,7 +14,7 @@ from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
 from pipeline.models.cost import Cost, measure_choices
-from pipeline.training import optim, phases, steps
+from pipeline.training import optim, phases, relaxation, steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def plan(config: Config, world_size: int) -> Plan:
 
     Raises:
         ValueError: the model or its options, the shard set, the task of either, the parameter
-            groups, the numbers of steps, the phases, or a batch that the ranks cannot divide.
+            groups, the numbers of steps, the phases, the pull, or a batch that the ranks cannot
+            divide.
     """
     config = optim.scaled(config)
     manifest = open_set(config.data)
@@ -66,6 +67,7 @@ def plan(config: Config, world_size: int) -> Plan:
         model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
     phases.check(model, config)
+    relaxation.check(model, config.pull)
     micro = _batch_plan(config, manifest, World(world_size=world_size)).steps_per_epoch
     return Plan(
         config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
-from pipeline.training import checkpoint, schedules
+from pipeline.training import checkpoint, consolidation, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine, has_kernels
@@ -90,6 +91,8 @@ def _run_owned(
     try:
         trainer = _build(planned, directory, world, tracker, display, stop_requested)
         outcome = trainer.train(stop_after)
+        if outcome is Outcome.FINISHED and planned.config.pull:
+            _consolidate(planned, trainer, directory, tracker)
         if world.is_main and outcome is Outcome.FINISHED:
             _hand_over(trainer.store, directory, tracker)
         status = "FINISHED" if outcome is Outcome.FINISHED else "KILLED"
@@ -186,6 +189,12 @@ class _Evaluation:
         self.display = display
         self.loader = open_evaluation(planned.config, planned.manifest, world)
 
+    def of(self, model: Network, directory: RunDirectory) -> _Evaluation:
+        """The same evaluation of another network, kept in another directory."""
+        other = copy.copy(self)
+        other.model, other.average, other.directory = model, None, directory
+        return other
+
     def __call__(self, step: int) -> dict[str, float]:
         manifest, config = self.planned.manifest, self.planned.config
         model = self.average.network(self.model) if self.average else self.model
@@ -225,6 +234,34 @@ def open_evaluation(
         split=split,
         noise=Noise.of(config),
     )
+
+
+def _consolidate(
+    planned: Plan, trainer: Trainer, directory: RunDirectory, tracker: Tracker | Untracked
+) -> None:
+    """Evaluate and write the consolidated network of a run that has come to its end; collective."""
+    world, step, manifest = trainer.world, trainer.progress.step, planned.manifest
+    config = consolidation.shared(planned.config)
+    evaluate = trainer.evaluate
+    assert isinstance(evaluate, _Evaluation)
+    with trainer.statistics.averaged(world):
+        model = trainer.average.network(trainer.model) if trainer.average else trainer.model
+        made = consolidation.network(config, len(manifest.classes), model)
+    if world.is_main:
+        angle = consolidation.angle_of(model)
+        consolidation.write(directory, config, made, trainer.identity, step=step, angle=angle)
+    evaluate.of(made, directory.consolidated)(step)
+    if world.is_main:
+        before, _ = evaluation.load(directory.evaluation_of(manifest))
+        after, _ = evaluation.load(directory.consolidated.evaluation_of(manifest))
+        log.info(
+            "consolidated %s, tied weights at most %.3f degrees apart: %s before, %s after",
+            directory.consolidated.path,
+            angle,
+            before.headline,
+            after.headline,
+        )
+        tracker.metrics({f"consolidated/{k}": v for k, v in after.results.items()}, step)
 
 
 def _hand_over(

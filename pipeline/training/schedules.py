@@ -1,11 +1,13 @@
-"""Learning-rate schedules: one factor for all groups, a pure function of the optimizer step."""
+"""Schedules, pure functions of the optimizer step: one factor for all learning rates, the pull."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from pipeline.config import Schedule
+import numpy as np
+
+from pipeline.config import Pull, Schedule
 
 # Fractions of the peak at both ends of one-cycle; the values of Smith & Topin (2018) as torch has.
 ONE_CYCLE_START = 1 / 25
@@ -25,6 +27,23 @@ def factor(schedule: Schedule, steps_per_epoch: int, total: int) -> Callable[[in
         if step < warmup:
             return (step + 1) / warmup
         return shape(min(step, total))
+
+    return at
+
+
+def pull(config: Pull, total: int) -> Callable[[int], float]:
+    """Function of the optimizer step (from 0 to total - 1) that gives the weight of the pull."""
+    shares, weights = np.array(config.points).T
+
+    def at(step: int) -> float:
+        share = step / max(1, total - 1)
+        match config.between:
+            case "exponential":
+                return float(np.exp(np.interp(share, shares, np.log(weights))))
+            case "linear":
+                return float(np.interp(share, shares, weights))
+            case "steps":
+                return float(weights[max(0, np.searchsorted(shares, share, side="right") - 1)])
 
     return at
 

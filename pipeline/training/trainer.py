@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
 from pipeline.models import Network, Output
-from pipeline.training import phases, statistics, steps
+from pipeline.training import phases, relaxation, statistics, steps
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.training.engine import Engine
@@ -151,6 +151,7 @@ class Trainer:
         self.steps_per_epoch = loader.steps_per_epoch // config.train.accumulation
         self.lengths = [phases.most_steps(p, self.steps_per_epoch) for p in config.stretches]
         self._begin_phase()
+        self.relaxation = relaxation.of(config, model, sum(self.lengths))
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._window = Window()
@@ -248,6 +249,8 @@ class Trainer:
             found = self.task.loss_terms(output, batch, self.world, done)
             for name, term in found.items():
                 terms[name] = terms.get(name, 0.0) + weight / draws * term
+        if self.relaxation:
+            terms["pull"] = self.relaxation.term(self.progress.step)
         return output, terms
 
     def _exchange(self, loss: Tensor) -> Callable[[], Verdict]:
@@ -300,6 +303,8 @@ class Trainer:
         point |= {f"lr/{name}": lr for name, lr in self.engine.applied_rates.items()}
         if (scale := self.engine.loss_scale()) is not None:
             point["train/loss_scale"] = scale
+        if self.relaxation:
+            point |= self.relaxation.metrics(self.progress.step)
         point["epoch"] = self.progress.step / self.steps_per_epoch
         if self.config.phases:
             point["phase"] = self.progress.phase + 1

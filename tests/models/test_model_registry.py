@@ -47,7 +47,8 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in list_models() if not n.startswith("rc_") and n not in RESET]
+    "name",
+    [n for n in list_models() if not n.startswith(("rc_", "rs_")) and n not in RESET],
 )
 def test_every_norm_with_every_router_builds_or_is_refused(name):
     for norm in BANKS:
@@ -58,6 +59,8 @@ def test_every_norm_with_every_router_builds_or_is_refused(name):
             continue
         with torch.device("meta"):
             model = create_model(name, norm=norm)
+            if _router(name) != "static":
+                assert create_model(name, norm=norm, sharing="relaxed").tied_sets()
         for cell in model.modules():
             if isinstance(cell, RecursiveCell) and not cell.is_static:
                 assert type(cell.cell.norm1) is type(cell.cell.norm2) is BANKS[norm]
@@ -71,7 +74,7 @@ def test_every_norm_with_every_router_builds_or_is_refused(name):
         ("dr_resnt16", {}, r"unknown model 'dr_resnt16': did you mean 'dr_resnet16'\?"),
         ("xyz", {}, r"unknown model 'xyz': choose one of aig_resnet101, .*sd_resnet56$"),
         ("resnet20", {"num_clases": 3}, r"'num_clases' of resnet20: did you mean 'num_classes'\?"),
-        ("resnet20", {"q": 3}, "choose one of norm, num_classes, sync_norm, target_rate"),
+        ("resnet20", {"q": 3}, "choose one of death_rate, norm, num_classes, sharing, sync_norm"),
         ("resnet20", {"num_classes": 0}, "num_classes=0 is not a positive integer"),
         ("resnet20", {"num_classes": "10"}, "num_classes='10' is not a positive integer"),
         ("resnet20", {"sync_norm": "no"}, "sync_norm='no' is neither true nor false"),
@@ -120,7 +123,7 @@ def test_every_parameter_has_one_role(name):
         model = create_model(name)
     roles = model.roles()
     assert list(roles) == [parameter for parameter, _ in model.named_parameters()]
-    counted = dict.fromkeys(("shared", "gate", "norm", "rest"), 0)
+    counted = dict.fromkeys(("shared", "tied", "gate", "norm", "rest"), 0)
     for parameter, tensor in model.named_parameters():
         counted[roles[parameter]] += tensor.numel()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -167,7 +170,7 @@ def test_training_uses_every_parameter_and_is_repeatable(name):
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     for module in (*first.modules(), *second.modules()):
         if isinstance(module, RandomDrop):
-            module.survival = 1.0
+            module.survival = (1.0,) * len(module.survival)
     for model in (first, second):
         torch.manual_seed(1)
         logits, routes = model(images)

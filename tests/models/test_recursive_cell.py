@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from undecided import undecided
 
 from pipeline.models import create_model
-from pipeline.models.cells import BasicCell, Bottleneck, InvertedResidual
+from pipeline.models.cells import BasicCell, Bottleneck, ConvCell, InvertedResidual
 from pipeline.models.cost import measure
 from pipeline.models.norms import BANKS, Step
-from pipeline.models.routers import FixedRouter, Gate, Router
+from pipeline.models.routers import FixedRouter, Gate, RandomDrop, Router
 from pipeline.models.stage import RecursiveCell
 
 N, C, SIDE = 6, 4, 5
@@ -30,7 +30,7 @@ class Scripted(Router):
         self.table = table
         self.step = 0
 
-    def forward(self, x):
+    def forward(self, x, index=0):
         answer = self.table[self.step]
         self.step += 1
         return answer[x[:, 0, 0, 0].round().long()] if len(x) < len(answer) else answer
@@ -241,11 +241,18 @@ def test_a_skipped_branch_is_not_computed():
     assert measure(model, 32).executed(rates) == pytest.approx(done, rel=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_only_a_branch_used_once_can_be_weighed(steps):
+@pytest.mark.parametrize(
+    ("kind", "steps", "decides"),
+    [("basic", 2, True), ("inverted", 1, True), ("plain", 1, False), ("no shortcut", 1, False)],
+)
+def test_only_a_branch_that_there_is_can_be_weighed(kind, steps, decides):
     norm = partial(BANKS["per_step"], steps=steps)
-    cell = BasicCell(C, C, norm=norm)
-    if steps == 1:
-        cell = InvertedResidual(C, C, expansion=2, norm=norm)
+    cell = {
+        "basic": lambda: BasicCell(C, C, norm=norm),
+        "inverted": lambda: InvertedResidual(C, C, expansion=2, norm=norm),
+        "plain": lambda: ConvCell(C, norm=norm),
+        "no shortcut": lambda: InvertedResidual(C, C + 1, expansion=2, norm=norm),
+    }[kind]()
+    router = Gate(C, target=0.5) if decides else RandomDrop([0.5])
     with pytest.raises(ValueError, match=rf"weighs='branch' with {steps} steps of .*use"):
-        RecursiveCell("cell", cell, steps=steps, router=FixedRouter(), weighs="branch")
+        RecursiveCell("cell", cell, steps=steps, router=router, weighs="branch")

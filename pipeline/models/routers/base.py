@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Asked before every step with that step's input (N, C, H, W).
+    """Asked before every step with that step's input (N, C, H, W) and number, from 0.
 
     The answer is a float32 tensor (N,), 1 for a sample that executes the step and 0 for one that
     skips it, with a gradient where the decision is learned; or None where everybody executes.
@@ -17,5 +17,5 @@ class Router(nn.Module):
     decides: bool
     target: float | None = None
 
-    def forward(self, x: Tensor) -> Tensor | None:
+    def forward(self, x: Tensor, index: int = 0) -> Tensor | None:
         raise NotImplementedError

@@ -12,5 +12,5 @@ class FixedRouter(Router):
 
     decides = False
 
-    def forward(self, x: Tensor) -> None:
+    def forward(self, x: Tensor, index: int = 0) -> None:
         return None

@@ -62,7 +62,7 @@ class Gate(Router):
         with torch.no_grad():
             self.scores.bias[EXECUTE] = math.log(INITIAL_RATE / (1 - INITIAL_RATE))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: int = 0) -> Tensor:
         """(N, C, H, W) -> decision (N,), exactly 0 or 1."""
         with without_autocast(x.device):
             features = global_average(x, torch.float32)
