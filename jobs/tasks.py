@@ -173,7 +173,6 @@ class Evaluate:
 
     def __call__(self) -> list[tuple[Summary, Path]]:
         """Each summary, and the folder that holds it and the per-sample results."""
-        from data_prep.manifest import Manifest
         from pipeline import evaluate as evaluation
         from pipeline import tasks
         from pipeline.distributed import World
@@ -190,7 +189,7 @@ class Evaluate:
         # Other images are normalised as those that the network was trained on.
         trained_on = found.load("identity")
         manifest = replace(
-            Manifest.load(self.data) if self.data else open_set(config.data),
+            open_set(self.data or config.data.path),
             channel_mean=tuple(trained_on["channel_mean"]),
             channel_std=tuple(trained_on["channel_std"]),
         )
