@@ -4,6 +4,7 @@
     python -m benchmarks.imagenet check --images imagenet-sample.tar
     python -m benchmarks.imagenet resize --images imagenet-sample.tar --streaming PYTHON
     python -m benchmarks.imagenet loading --images imagenet-sample.tar --streaming PYTHON
+    python -m benchmarks.imagenet cost --images imagenet-sample.tar
 
 The photographs in a tar stand for ImageNet, so many times over; they lie in an archive of class
 archives. PYTHON is that of an environment with mosaicml-streaming, torch and torchvision, made with
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -33,9 +35,13 @@ from torch import Tensor
 
 from benchmarks import streaming_peer
 from benchmarks.measure import Rounds, Spread, alternate, machine, ratio
+from data_prep.images import AS_FOUND, Treatment
 from data_prep.manifest import Manifest
+from data_prep.pack import PackShard, PackShards, Work
 from data_prep.parallel import available_cores, run_parallel
-from data_prep.sources.imagenet import TRAIN_ARCHIVE
+from data_prep.plan import plan
+from data_prep.prepare import prepare
+from data_prep.sources.imagenet import TRAIN_ARCHIVE, ImageNetSource
 from pipeline.config import Augmentation
 from pipeline.data import train_loader
 from pipeline.distributed import World
@@ -120,7 +126,7 @@ def shard_writer(root: Path) -> float:
 
 
 def decode_share(task: tuple[str, str, int]) -> float:
-    """Seconds in which one process decodes so many images that are in memory."""
+    """CPU seconds in which one process decodes so many images that are in memory."""
     decoder, images, count = task
     encoded = streaming_peer.encoded(images)
     decode: Callable[[Any], object]
@@ -136,17 +142,24 @@ def decode_share(task: tuple[str, str, int]) -> float:
         decode = partial(decode_jpeg, mode=ImageReadMode.RGB)
     for data in encoded[:20]:
         decode(data)
-    started = time.perf_counter()
+    started = time.process_time()
     for data in itertools.islice(itertools.cycle(encoded), count):
         decode(data)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def bare_decode(decoder: str, images: Path, count: int) -> float:
-    """Images/s of all cores together."""
+    """Images per CPU second, all cores at work."""
     cores = available_cores()
     tasks = [(decoder, str(images), count // cores)] * cores
-    return cores * (count // cores) / max(s for _, s in run_parallel(decode_share, tasks, cores))
+    return cores * (count // cores) / sum(s for _, s in run_parallel(decode_share, tasks, cores))
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds of this process and of those it waits for: what other work does not change."""
+    before = sum(os.times()[:4])
+    work()
+    return sum(os.times()[:4]) - before
 
 
 def peer(python: Path, *arguments: object) -> float:
@@ -232,7 +245,7 @@ def webdataset_loader(root: Path, cores: int) -> Iterator[Tensor]:
 
 
 def crop_share(task: tuple[str, int]) -> float:
-    """Seconds in which one process decodes, crops and resizes so many images, and no more."""
+    """CPU seconds in which one process decodes, crops and resizes so many images, and no more."""
     from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms import v2
 
@@ -243,10 +256,10 @@ def crop_share(task: tuple[str, int]) -> float:
         for data in streaming_peer.encoded(images)
     ]
     crop = v2.RandomResizedCrop(SIZE, antialias=True)
-    started = time.perf_counter()
+    started = time.process_time()
     for data in itertools.islice(itertools.cycle(encoded), count):
         crop(decode_jpeg(data, mode=ImageReadMode.RGB))
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def bare_crop(images: Path, count: int, cores: int) -> float:
@@ -299,8 +312,15 @@ def trust(images: Path, work: Path | None, copies: int, rounds: int) -> None:
             "ShardWriter": lambda: size / shard_writer(root),
         }
         figures = alternate(contestants, rounds)
+        cpu = {
+            "cp": lambda: size / cpu_seconds(lambda: copied(root, sync=False)),
+            "prep --trust": lambda: size / cpu_seconds(lambda: ours(root, "--trust")),
+            "ShardWriter": lambda: size / cpu_seconds(lambda: shard_writer(root)),
+        }
+        per_cpu = alternate(cpu, rounds)
     print(f"{size:,.0f} MB\n{before}")
     show(figures, "MB/s", ("cp", "cp, synced", "ShardWriter"))
+    show(per_cpu, "MB per CPU second", ("cp", "ShardWriter"))
 
 
 @main.command()
@@ -309,18 +329,18 @@ def trust(images: Path, work: Path | None, copies: int, rounds: int) -> None:
 @click.option("--copies", default=8, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 def check(images: Path, work: Path | None, copies: int, rounds: int) -> None:
-    """Unchanged bytes, decoded, beside bare decoders on all cores."""
+    """Unchanged bytes, decoded, beside bare decoders on all cores, per CPU second."""
     before = machine()
     count = copies * len(streaming_peer.encoded(str(images)))
     with nested(images, copies, work) as root:
         contestants = {
             "simplejpeg alone": lambda: bare_decode("simplejpeg", images, count),
             "torchvision alone": lambda: bare_decode("torchvision", images, count),
-            "prep": lambda: count / ours(root),
+            "prep": lambda: count / cpu_seconds(lambda: ours(root)),
         }
         figures = alternate(contestants, rounds)
     print(f"{count:,} images\n{before}")
-    show(figures, "images/s", ("simplejpeg alone", "torchvision alone"))
+    show(figures, "images per CPU second", ("simplejpeg alone", "torchvision alone"))
 
 
 @main.command()
@@ -380,6 +400,83 @@ def loading(
         figures = alternate(contestants, rounds)
     print(f"batch {BATCH}, {batches} batches per round, {cores} cores\n{before}")
     show(figures, "images/s", ("bare decode and crop", "dali reader"))
+
+
+def packing(root: Path, treatment: Treatment) -> float:
+    """CPU seconds of packing alone, in this process: no listing, no plan, no card."""
+    with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+        work = Work(Path(folder))
+        for place in (work.plan, work.set, work.records):
+            place.mkdir()
+        listing = ImageNetSource(root, allow_partial=True).open(work.root)
+        made = plan(listing.items, 0, samples_per_shard=2048)
+        made.save(work.plan)
+        pack = PackShard(work, listing.reader, len(listing.classes), treatment)
+        return cpu_seconds(PackShards(pack, 0, len(made.shards), workers=1))
+
+
+def pillow_resizes(images: Path) -> None:
+    for data in streaming_peer.encoded(str(images)):
+        streaming_peer.resized(data)
+
+
+def loading_cost(source: Callable[[], Iterator[Tensor]], batches: int) -> float:
+    """Images per CPU second of this process, its threads included."""
+    running = source()
+    next(running)
+    started = time.process_time()
+    images = sum(len(batch) for batch in itertools.islice(running, batches))
+    seconds = time.process_time() - started
+    running.close()
+    return images / seconds
+
+
+@main.command()
+@IMAGES
+@WORK
+@click.option("--batches", default=4, show_default=True, help="Of 64 images, per round.")
+@click.option("--rounds", default=3, show_default=True)
+def cost(images: Path, work: Path | None, batches: int, rounds: int) -> None:
+    """Images per CPU second of every part in one process: what busy cores do not change."""
+    logging.disable(logging.WARNING)
+    before = machine()
+    count = len(streaming_peer.encoded(str(images)))
+    resized = Treatment(resize_short=streaming_peer.SHORT, quality=streaming_peer.QUALITY)
+    with nested(images, 1, work) as root:
+        sets = {"unchanged": AS_FOUND, "resized": resized}
+        for name, treatment in sets.items():
+            source = ImageNetSource(root, allow_partial=True)
+            prepare(source, root.parent / name, treatment=treatment, workers=1)
+        preparation = {
+            "cp": lambda: cpu_seconds(lambda: copied(root, sync=False)),
+            "packing, --trust": lambda: packing(root, Treatment(trust=True)),
+            "ShardWriter": lambda: cpu_seconds(lambda: shard_writer(root)),
+            "simplejpeg alone": lambda: decode_share(("simplejpeg", str(images), count)),
+            "torchvision alone": lambda: decode_share(("torchvision", str(images), count)),
+            "packing": lambda: packing(root, AS_FOUND),
+            "packing, resized": lambda: packing(root, resized),
+            "Pillow resizes, no writer": lambda: cpu_seconds(lambda: pillow_resizes(images)),
+        }
+        figures = alternate(
+            {name: partial(_rate, run, count) for name, run in preparation.items()}, rounds
+        )
+        loaders = {
+            f"{reader} reader, {name}": partial(our_loader, root.parent / name, reader, 0)
+            for name in sets
+            for reader in ("dali", "torch")
+        }
+        loaders["Pillow"] = partial(pillow_loader, images, 0)
+        loaders["webdataset with Pillow"] = partial(webdataset_loader, root.parent / "unchanged", 0)
+        contestants = {name: partial(loading_cost, run, batches) for name, run in loaders.items()}
+        contestants["decode and crop alone"] = lambda: BATCH / crop_share((str(images), BATCH))
+        loading = alternate(contestants, rounds)
+    print(f"{count:,} images\n{before}")
+    show(figures, "images", ("cp", "ShardWriter", "simplejpeg alone", "Pillow resizes, no writer"))
+    show(loading, "images", ("dali reader, unchanged", "torch reader, unchanged"))
+
+
+def _rate(run: Callable[[], float], count: int) -> float:
+    return count / run()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from data_prep.items import Item
 from data_prep.listing import Reader, Rejection
 from data_prep.manifest import Shard
 from data_prep.parallel import run_parallel
-from data_prep.plan import Plan, ShardPlan
+from data_prep.plan import Plan, ShardPlan, load_items
 from data_prep.writer import ShardWriter
 
 NO_MARK = 0
@@ -116,7 +116,7 @@ class PackShard:
     treatment: Treatment
 
     def __call__(self, shard: ShardPlan) -> Packed:
-        items = Plan.load(self.work.plan).of(shard)
+        items = load_items(self.work.plan, shard)
         record = self._pack(shard, items)
         record.save(self.work.record(shard))
         return Packed(len(items), record.bytes_read, len(record.rejected))

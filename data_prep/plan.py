@@ -77,6 +77,12 @@ class Plan:
         return cls(Items.load(folder), order, tuple(ShardPlan(**shard) for shard in shards))
 
 
+def load_items(folder: Path, shard: ShardPlan) -> list[Item]:
+    """The items of one shard of a plan on disk, without the list of the others."""
+    order = np.load(folder / "order.npy", mmap_mode="r")
+    return Plan(Items.load(folder), order, ()).of(shard)
+
+
 def plan(
     items: Iterable[Item],
     seed: int,

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.images import encode_png
-
 SHEET_COLUMNS = 8
 TILE = 112  # pixels
 _CAPTION = 14  # pixels
@@ -60,7 +58,9 @@ def contact_sheet(pictures: Iterable[tuple[bytes, str]]) -> bytes:
     for number, tile in enumerate(tiles):
         row, column = divmod(number, SHEET_COLUMNS)
         sheet.paste(tile, (column * TILE, row * (TILE + _CAPTION)))
-    return encode_png(sheet)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _tile(data: bytes, caption: str) -> Image.Image:

@@ -8,30 +8,74 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
+from data_prep.items import TEXT
+
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-def members(file: IO[bytes] | Window, name: str) -> Iterator[tarfile.TarInfo]:
+_CURE = "fetch the archive again"
+_END = bytes(tarfile.BLOCKSIZE)
+
+
+def members(file: Window, name: str) -> Iterator[tarfile.TarInfo]:
     """The plain files and folders of the tar in ``file``, one at a time.
 
     ``name`` is what errors call it. Raises ValueError for a damaged archive, also one that is cut,
     and for members that are links or devices or could be written outside of a folder.
     """
-    cure = "fetch the archive again"
+    position = 0
+    while True:
+        header = file.read_at(position, tarfile.BLOCKSIZE)
+        if header == _END:
+            return
+        member = _plain_file(header)
+        if member is None:
+            break
+        member.offset_data = position + tarfile.BLOCKSIZE
+        _refuse_unsafe(name, member)
+        yield member
+        position = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if position and position >= file.size:
+        raise ValueError(f"{name} is cut short or damaged at {position}: {_CURE}")
+    yield from _any_members(file, position, name)
+
+
+def _plain_file(header: bytes) -> tarfile.TarInfo | None:
+    """The plain file that an ordinary ustar header describes, read in a tenth of tarfile's time."""
+    ordinary = header[156:157] in (b"0", b"\0") and header[257:262] == b"ustar" and not header[345]
+    if len(header) < tarfile.BLOCKSIZE or not ordinary:
+        return None
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive:
+        size = int(header[124:136].strip(b"\0 "), 8)
+        checksum = int(header[148:156].strip(b"\0 "), 8)
+    except ValueError:
+        return None
+    name = header[:100].partition(b"\0")[0]
+    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or name.endswith(b"/"):
+        return None
+    member = tarfile.TarInfo(name.decode(*TEXT))
+    member.size = size
+    return member
+
+
+def _any_members(file: Window, start: int, name: str) -> Iterator[tarfile.TarInfo]:
+    """What tarfile finds from ``start`` on."""
+    rest = file.part(start, file.size - start)
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], rest), mode="r:") as archive:
             while (member := archive.next()) is not None:
+                member.offset_data += start
                 _refuse_unsafe(name, member)
                 yield member
                 vars(archive)["members"].clear()  # it keeps a kilobyte of each otherwise
             # tarfile takes an archive cut in or before a header for one that ends there.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError(f"{name} is cut short or damaged at {archive.offset}: {cure}")
+            end = archive.offset
     except tarfile.TarError as error:
         raise ValueError(
-            f"{name} is not a folder, a tar or a tar.gz, or it is damaged ({error}): {cure}"
+            f"{name} is not a folder, a tar or a tar.gz, or it is damaged ({error}): {_CURE}"
         ) from None
+    if rest.read_at(end, tarfile.BLOCKSIZE) != _END:
+        raise ValueError(f"{name} is cut short or damaged at {start + end}: {_CURE}")
 
 
 def _refuse_unsafe(name: str, member: tarfile.TarInfo) -> None:
@@ -52,8 +96,16 @@ class Window(io.RawIOBase):
     def __init__(self, descriptor: int, start: int, size: int) -> None:
         self._descriptor = descriptor
         self._start = start
-        self._size = size
+        self.size = size
         self._position = 0
+
+    def part(self, start: int, size: int) -> Window:
+        return Window(self._descriptor, self._start + start, size)
+
+    def read_at(self, position: int, length: int) -> bytes:
+        """Fewer bytes than ``length`` at the end."""
+        length = max(0, min(length, self.size - position))
+        return os.pread(self._descriptor, length, self._start + position)
 
     def readable(self) -> bool:
         return True
@@ -65,13 +117,12 @@ class Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         self._position = origin + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._size - self._position))
-        data = os.pread(self._descriptor, length, self._start + self._position)
+        data = self.read_at(self._position, len(buffer))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from data_prep.items import Item
 from data_prep.listing import FolderReader, RangeReader, Reader
-from data_prep.tars import GZIP_MAGIC, members
+from data_prep.tars import GZIP_MAGIC, Window, members
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 
@@ -152,7 +152,7 @@ def _contents(path: Path, tar: Path) -> tuple[list[File], list[str]]:
 
 def _plain_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
     with tar.open("rb") as file:
-        yield from members(file, str(path))
+        yield from members(Window(file.fileno(), 0, tar.stat().st_size), str(path))
 
 
 def _tree(path: Path, files: list[File], folders: list[str], reader: Reader) -> Tree:

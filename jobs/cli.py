@@ -163,9 +163,9 @@ def inspect(path: Path, samples: int, sheet: Path | None) -> None:
 def stage(folder: Path, to: Path, rank_aware: bool, quiet: bool) -> None:
     """Copy a shard set to a faster disk, every byte verified.
 
-    Train with data.staged=[FOLDER]: what is not there is read from the set itself. With
-    --rank-aware under srun or torchrun, the ranks of a node stage the set together into one folder,
-    and those of several nodes a share each.
+    Train with REPRISE_STAGED=FOLDER in the environment (several: with colons): what is not there is
+    read from the set itself. With --rank-aware under srun or torchrun, the ranks of a node stage
+    the set together into one folder, and those of several nodes a share each.
     """
     from data_prep.stage import stage as copy
     from jobs import console

@@ -174,7 +174,6 @@ class _Trained:
     @classmethod
     def open(cls, run: Path, data: Path | None = None, best: bool = False) -> _Trained:
         """`data` is another shard set than the run's own; joins the process group."""
-        from data_prep.manifest import Manifest
         from pipeline.distributed import World
         from pipeline.run_directory import RunDirectory
         from pipeline.training import checkpoint, restore
@@ -186,7 +185,7 @@ class _Trained:
         # Other images are normalised as those that the network was trained on.
         trained_on = found.load("identity")
         manifest = replace(
-            Manifest.load(data) if data else open_set(config.data),
+            open_set(data or config.data.path),
             channel_mean=tuple(trained_on["channel_mean"]),
             channel_std=tuple(trained_on["channel_std"]),
         )

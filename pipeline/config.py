@@ -57,11 +57,6 @@ class Augmentation(_Section):
 
 class Data(_Section):
     path: Path = Field(description="folder of a prepared shard set")
-    staged: tuple[Path, ...] = Field(
-        default=(),
-        description="folders with copies of its shards, looked into first; $VARIABLES of the "
-        "environment are filled in",
-    )
     reader: Literal["dali", "torch"] = "dali"
     workers: int = Field(default=2, ge=0, description="decoding threads or processes per rank")
     eval_batch_size: int = Field(

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from data_prep.manifest import DENOISING, Manifest
-from pipeline.config import Config, ConfigError, Data, Phase
+from pipeline.config import Config, ConfigError, Phase
 from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
 from pipeline.models.cost import Cost, measure_choices
 from pipeline.training import optim, phases, relaxation, steps
+
+STAGED = "REPRISE_STAGED"  # folders that hold copies of shards, looked into first
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def plan(config: Config, world_size: int) -> Plan:
             divide.
     """
     config = optim.scaled(config)
-    manifest = open_set(config.data)
+    manifest = open_set(config.data.path)
     check_task(config, manifest)
     with torch.device("meta"):  # shapes alone: no weights are drawn
         model = build_model(config, len(manifest.classes))
@@ -88,10 +90,13 @@ def _stretch(model: Network, config: Config, phase: Phase, steps_per_epoch: int)
     return Stretch(phase, own, optim.groups(model, own.optimizer), steps)
 
 
-def open_set(data: Data) -> Manifest:
-    """The manifest of a run's shard set, which knows where copies of its shards are."""
-    staged = tuple(Path(os.path.expandvars(folder)) for folder in data.staged)
-    return replace(Manifest.load(data.path), copies=staged)
+def open_set(path: Path) -> Manifest:
+    """The manifest of the shard set at `path`, which knows where copies of its shards are.
+
+    Where they are is no part of a configuration: a run may go on on another machine.
+    """
+    staged = tuple(Path(part) for part in os.environ.get(STAGED, "").split(os.pathsep) if part)
+    return replace(Manifest.load(path), copies=staged)
 
 
 def check_task(config: Config, manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.items import Item, Items
-from data_prep.plan import Plan, plan
+from data_prep.plan import Plan, load_items, plan
 from data_prep.writer import ShardWriter
 
 ITEMS = [Item("train", n % 2, f"image {n}", 0, 1) for n in range(1000)] + [
@@ -107,6 +107,7 @@ def test_a_plan_on_disk_is_the_plan(tmp_path):
     assert [loaded.of(shard) for shard in loaded.shards] == [
         planned.of(shard) for shard in planned.shards
     ]
+    assert load_items(tmp_path, planned.shards[3]) == planned.of(planned.shards[3])
 
 
 def test_names_that_are_no_text_are_kept_in_columns():
