@@ -26,7 +26,9 @@ ALIKE = ("model=resnet20", "model_options.sync_norm=true")
 def row(run: Submitted) -> str:
     shown = reprise("runs", "--runs", ".", cwd=run.run.parent)
     assert shown.returncode == 0, shown.stderr
-    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"{run.run.name} ")]
+    (line,) = [
+        line for line in shown.stdout.splitlines()[2:] if line.startswith(f"{run.run.name} ")
+    ]
     return line
 
 
