@@ -14,7 +14,7 @@ from jobs.submit import Request
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
 from tests.conftest import ROOT
-from tests.jobs.command import reprise
+from tests.jobs.command import PATIENCE, start
 
 GOLDEN = ROOT / "tests" / "golden" / "two_nodes.sbatch"
 EXAMPLE = clusters._read(ROOT / "slurm" / "clusters" / "example.yaml")
@@ -151,20 +151,27 @@ def test_states_are_asked_of_the_queue_and_then_of_the_accounting(
     assert found.keys() == {"7_1", "8", "9"}
 
 
+def command(*words: object, cwd: Path) -> tuple[int, str, str]:
+    """Status and output of `reprise`, which may leave a job behind in the background."""
+    process = start(*words, cwd=cwd)
+    out, err = process.communicate(timeout=4 * PATIENCE)
+    return process.returncode, out, err
+
+
 def test_the_same_command_without_slurm(recipe: Path, tmp_path: Path) -> None:
     """Two ranks in the background of this machine; a second submission meets the first."""
-    arguments = ("submit", recipe, "--cluster", "local", "--gpus-per-node", 2, "--run", "runs/a")
-    first = reprise(*arguments, cwd=tmp_path)  # it returns although the job goes on
-    assert first.returncode == 0, first.stderr
+    words = ("submit", recipe, "--cluster", "local", "--gpus-per-node", 2, "--run", "runs/a")
+    status, out, err = command(*words, cwd=tmp_path)
+    assert status == 0, err
     run = tmp_path / "runs" / "a"
     job = Job.load(run)
     assert job is not None
-    assert f"job {job.id} on local" in first.stdout
+    assert f"job {job.id} on local" in out
     try:
-        second = reprise(*arguments, cwd=tmp_path)
-        assert second.returncode == 2
-        assert f"has job {job.id} on local already" in second.stderr
-        deadline = time.monotonic() + 200
+        status, _, err = command(*words, cwd=tmp_path)
+        assert status == 2
+        assert f"has job {job.id} on local already" in err
+        deadline = time.monotonic() + 4 * PATIENCE
         while submit.is_alive(job) and time.monotonic() < deadline:
             time.sleep(0.2)
     finally:
@@ -173,5 +180,4 @@ def test_the_same_command_without_slurm(recipe: Path, tmp_path: Path) -> None:
     assert runs.progress(run).status == "FINISHED"
     assert len(list(run.glob("checkpoints/step-*/rank-*"))) == 2
     assert (run / "logs" / "rank-1.log").is_file()
-    listed = reprise("runs", cwd=tmp_path)
-    assert "finished" in listed.stdout
+    assert "finished" in command("runs", cwd=tmp_path)[1]
