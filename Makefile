@@ -7,13 +7,14 @@ SEED ?= 0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test lint lock clean lab-up lab-down
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, then prepare data, train, evaluate and report (SEED=0)"
 	@echo "make test   set up, then run the tests"
 	@echo "make lint   set up, then check style, format and types"
+	@echo "make lab-up, make lab-down   a two-node SLURM on this one machine, to try things (root)"
 	@echo "make lock   renew requirements.lock from pyproject.toml"
 	@echo "make clean  remove the environment and what the demo wrote"
 
@@ -39,6 +40,12 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+lab-up:
+	@slurm/lab/up
+
+lab-down:
+	@slurm/lab/down
 
 lock: setup
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -30,7 +30,7 @@ from pipeline.models import Network, create_model
 from pipeline.training import optim
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import MetricSink, Trainer
 
 IN_MEMORY = 4  # different batches, so that no cache holds a step's input
 WARM = 3  # steps of each round before its time begins; readers fill their queues in them
@@ -117,18 +117,21 @@ class Bench:
 
     def contestants(self) -> dict[str, Callable[[], float]]:
         """Name -> one round, in images/s."""
+        memory = self.in_memory()
+        return {
+            "bare loop": self.bare(memory.batches),
+            "trainer": self.trained("memory", memory),
+            f"trainer with {self.config.data.reader}": self.trained("reader", self._reader()),
+        }
+
+    def in_memory(self) -> InMemory:
         real = self._reader()
         batches = [
             Batch(batch.images.clone(memory_format=torch.preserve_format), batch.labels, batch.keys)
             for batch in itertools.islice(real, IN_MEMORY)
         ]
         real.close()
-        memory = InMemory(batches, steps_per_epoch=2**31)
-        return {
-            "bare loop": self.bare(batches),
-            "trainer": self.trained("memory", memory),
-            f"trainer with {self.config.data.reader}": self.trained("reader", self._reader()),
-        }
+        return InMemory(batches, steps_per_epoch=2**31)
 
     def bare(self, batches: list[Batch]) -> Callable[[], float]:
         model = self._model()
@@ -143,8 +146,10 @@ class Bench:
 
         return measure
 
-    def trained(self, name: str, loader: object) -> Callable[[], float]:
-        trainer = self._trainer(name, loader)
+    def trained(
+        self, name: str, loader: object, sink: MetricSink | None = None
+    ) -> Callable[[], float]:
+        trainer = self._trainer(name, loader, sink or NoSink())
 
         def measure() -> float:
             self.watch.start()
@@ -172,7 +177,7 @@ class Bench:
             workers=data.workers,
         )
 
-    def _trainer(self, name: str, loader: object) -> Trainer:
+    def _trainer(self, name: str, loader: object, sink: MetricSink) -> Trainer:
         model = self._model()
         return Trainer(
             config=self.config,
@@ -182,7 +187,7 @@ class Bench:
             loader=loader,
             store=CheckpointStore(self.folder / name, self.world, keep_last=1),
             evaluate=lambda: {"eval/top1": 0.0},
-            sink=NoSink(),
+            sink=sink,
             shared={},
             identity={},
             run_dir=self.folder,
@@ -191,7 +196,9 @@ class Bench:
         )
 
 
-def configuration(data: Path, model: str, batch_size: int, precision: str) -> Config:
+def configuration(
+    data: Path, model: str, batch_size: int, precision: str, others: Sequence[str] = ()
+) -> Config:
     """The recipe of the network for CIFAR-10, in which no epoch ends with an evaluation."""
     return recipes.load(
         f"drnn/cifar10/{model}",
@@ -202,6 +209,7 @@ def configuration(data: Path, model: str, batch_size: int, precision: str) -> Co
             "train.epochs=1000000",
             "train.evaluate_every=1000000",
             "checkpoints.every_minutes=null",
+            *others,
         ],
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from jobs import cluster_cli
 from jobs.errors import Exit, guarded
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -424,6 +425,10 @@ def demo(folder: Path, seed: int, quiet: bool) -> None:
     from jobs import demo as steps
 
     raise click.exceptions.Exit(steps.run(folder, seed, quiet))
+
+
+for command in cluster_cli.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from data_prep.manifest import (
 if TYPE_CHECKING:
     from data_prep.estimate import Estimate
     from data_prep.inspection import Inspection
+    from jobs.runs import Row
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
@@ -214,6 +215,33 @@ def recipes() -> str:
         [name, recipe.about, recipe.reported] for name, recipe in RECIPES.items()
     ]
     return _table(rows, ["recipe", "what", "the paper's figure"])
+
+
+def runs(rows: Sequence[Row], folder: Path) -> str:
+    """Every run below a folder."""
+    if not rows:
+        return f"no runs below {folder}"
+    shown: list[list[object]] = [
+        [
+            row.run.relative_to(folder),
+            row.state,
+            f"{row.progress.epoch:.1f}" + (f" of {row.epochs}" if row.epochs else ""),
+            "" if row.progress.score is None else f"{row.progress.score:.4g}",
+            "" if row.progress.seconds_left is None else duration(row.progress.seconds_left),
+            row.nodes,
+            row.job,
+        ]
+        for row in rows
+    ]
+    return _table(shown, ["run", "state", "epoch", "score", "left", "nodes", "job"])
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    )
 
 
 def next_steps(run: Path) -> str:

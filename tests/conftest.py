@@ -86,6 +86,15 @@ def bsd_shards(bsd_tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Where the lab must be up, a cluster test that is skipped has failed."""
+    report = yield
+    if report.skipped and item.get_closest_marker("cluster") and "REPRISE_LAB" in os.environ:
+        report.outcome = "failed"
+    return report
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, and say why, what needs a device that is not here."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -5,6 +5,14 @@ carries them to MLflow, so that a slow or dead server neither stops nor slows th
 could not be sent is sent when the run is started again or `reprise ui` is called.
 """
 
-from pipeline.tracking.tracker import Status, Tracker, history, replay, store_uri, ui_command
+from pipeline.tracking.tracker import (
+    Status,
+    Tracker,
+    announce,
+    history,
+    replay,
+    store_uri,
+    ui_command,
+)
 
-__all__ = ["Status", "Tracker", "history", "replay", "store_uri", "ui_command"]
+__all__ = ["Status", "Tracker", "announce", "history", "replay", "store_uri", "ui_command"]

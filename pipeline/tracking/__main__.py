@@ -1,4 +1,4 @@
-"""`python -m pipeline.tracking RUN_DIR PARENT_PID follow|drain`: the sender's process."""
+"""`python -m pipeline.tracking RUN_DIR PARENT_PID follow|drain|announce`: the sender's process."""
 
 import sys
 from pathlib import Path
@@ -6,4 +6,4 @@ from pathlib import Path
 from pipeline.tracking.sender import main
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), follow=sys.argv[3] == "follow"))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

@@ -54,6 +54,7 @@ class Identity:
     run_name: str
     uid: str
     run_id: str | None = None
+    parent: str | None = None  # run directory of the MLflow run above it
 
     @classmethod
     def load(cls, run_dir: Path) -> "Identity | None":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METRICS_PER_CALL = 1000  # MLflow's limits for one batch
 PARAMS_PER_CALL = 100
 UID_TAG = "reprise.uid"
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's page shows a run below the one named
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,10 @@ class Outlet:
             if "artifact" in record:
                 self._artifact(self._run_dir / record["artifact"], record["folder"])
 
+    def schedule(self) -> None:
+        """Marks the run as one that waits to be started."""
+        self.connected().update_run(self._run_id, status="SCHEDULED")
+
     def close(self, status: str, end_ms: int) -> None:
         """Gives the run its end: a status of MLflow's and a time in milliseconds."""
         self.connected().set_terminated(self._run_id, status, end_ms)
@@ -84,6 +89,10 @@ class Outlet:
         if not runs:
             Sent.nothing().save(self._run_dir)
             tags = {UID_TAG: identity.uid, "reprise.run_dir": str(self._run_dir)}
+            if identity.parent:
+                above = Outlet(Path(identity.parent), training=False)
+                above.connected()
+                tags[PARENT_TAG] = above._run_id
             client.create_run(experiment_id, tags=tags, run_name=identity.run_name)
             # An earlier creation whose answer never came may have happened after all.
             runs = _with_uid(client, experiment_id, identity.uid)

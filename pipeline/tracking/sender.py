@@ -155,8 +155,22 @@ def _leave_after(parent: int) -> None:
     os._exit(LEFT)
 
 
-def main(run_dir: Path, parent: int, follow: bool) -> int:
+def _announce(run_dir: Path) -> int:
+    """Creates the run, and those of the run directories within."""
+    identities = sorted(run_dir.glob(f"*/{journal.IDENTITY}"))
+    try:
+        for folder in (run_dir, *(path.parent for path in identities)):
+            Outlet(folder, training=False).schedule()
+    except Exception as error:  # whatever it is, the training will ask again
+        log.warning("the run cannot be created now: %s: %s", type(error).__name__, error)
+        return LEFT
+    return DRAINED
+
+
+def main(run_dir: Path, parent: int, mode: str) -> int:
     """Runs the one sender of a run directory; BUSY where it should not follow and one is at work.
+
+    Mode `announce` only creates the run, for a training that is not started yet.
 
     A sender that follows waits for one that a killed training process left behind: it ends soon.
     """
@@ -170,8 +184,11 @@ def main(run_dir: Path, parent: int, follow: bool) -> int:
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
+    follow = mode == "follow"
     try:
         with FileLock(run_dir / journal.LOCK, timeout=-1 if follow else 0):
+            if mode == "announce":
+                return _announce(run_dir)
             return Sender(run_dir, parent, follow).run()
     except Timeout:
         return BUSY

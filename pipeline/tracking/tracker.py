@@ -67,20 +67,27 @@ class Tracker:
     """What one run tells MLflow. Only rank 0 constructs it."""
 
     def __init__(
-        self, run_dir: Path, *, run_name: str, experiment: str, uri: str | None = None
+        self,
+        run_dir: Path,
+        *,
+        run_name: str,
+        experiment: str,
+        uri: str | None = None,
+        parent: Path | None = None,
     ) -> None:
         """Opens the run directory's journal; nothing is sent and nothing is imported yet.
 
         `uri` None takes the run directory's recorded address, else `store_uri()`. Another address
-        than the recorded one sends the whole journal there. Raises ValueError for an address that
-        cannot be used.
+        than the recorded one sends the whole journal there. `parent` is the run directory of the
+        run that this one belongs to. Raises ValueError for an address that cannot be used.
         """
         self._run_dir = run_dir.resolve()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         identity = Identity.load(self._run_dir)
         if identity is None:
             address = _checked(uri, Path.cwd()) if uri else store_uri()
-            identity = Identity(address, experiment, run_name, uuid.uuid4().hex)
+            above = str(parent.resolve()) if parent else None
+            identity = Identity(address, experiment, run_name, uuid.uuid4().hex, parent=above)
             identity.save(self._run_dir)
         elif uri and _checked(uri, Path.cwd()) != identity.uri:
             identity = replace(identity, uri=_checked(uri, Path.cwd()), run_id=None)
@@ -149,13 +156,17 @@ class Tracker:
             path = path.relative_to(self._run_dir)
         self._append({"artifact": str(path), "folder": folder})
 
+    def close(self, status: Status) -> None:
+        """Records the end of a run that nothing more will be told of; sends nothing."""
+        self._append({"status": status})
+        self._journal.close()
+
     def finish(self, status: Status, timeout: float = 20.0) -> bool:
         """Sends what is left within `timeout` seconds and gives the MLflow run its end.
 
         Returns False, after saying how much and the cure, where something is left for later.
         """
-        self._append({"status": status})
-        self._journal.close()
+        self.close(status)
         until = time.monotonic() + timeout
         code = _end(self._process, until) if self._process else None
         if code is None or (code < 0 and time.monotonic() < until):
@@ -215,13 +226,24 @@ def replay(run_dir: Path, timeout: float = 60.0) -> bool:
     return _is_done(run_dir, code)
 
 
+def announce(run_dir: Path, timeout: float) -> bool:
+    """Creates the MLflow run of a training that waits to be started, and those of its members.
+
+    False where no server answers.
+    """
+    code = _end(_spawn(run_dir.resolve(), "announce"), time.monotonic() + timeout)
+    return code in (DRAINED, BUSY)
+
+
 def _left(run_dir: Path) -> int:
     """Records that were not sent yet."""
     offsets = Sent.load(run_dir).offsets
     return sum(1 for name in offsets for _ in journal.read(run_dir / name, offsets[name]))
 
 
-def _spawn(run_dir: Path, mode: Literal["follow", "drain"]) -> "subprocess.Popen[bytes]":
+def _spawn(
+    run_dir: Path, mode: Literal["follow", "drain", "announce"]
+) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "pipeline.tracking", str(run_dir), str(os.getpid()), mode]
     # MLflow's own defaults would let one call to a dead server last four minutes.
     environment = {

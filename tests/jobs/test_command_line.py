@@ -102,6 +102,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "eval nothing": (["eval", "x"], ["x is not a run directory"]),
     "steps that are no numbers": (["eval", "x", "--steps", "2,x"], ["'2,x'", "such as 2,3,4"]),
     "report nothing": (["report", "x"], ["x is not a run directory"]),
+    "cluster": (["submit", "RECIPE", "--cluster", "labb"], ["'labb'", "did you mean 'lab'"]),
+    "time": (["submit", "RECIPE", "--cluster", "lab", "--time", "5"], ["'5'", "90m, 24h or 2d"]),
+    "sweep": (["submit", "RECIPE", "--cluster", "lab", "--sweep", "seed=1"], ["seed=0,1,2"]),
+    "no run": (["logs", "x"], ["there is no run 'x'", "reprise runs"]),
     "pattern": (["models", "vgg*"], ["'vgg*'", "reprise models"]),
 }
 

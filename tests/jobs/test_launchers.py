@@ -85,9 +85,12 @@ def test_a_signal_to_one_task_stops_the_step_with_its_own_status(
     train = [REPRISE, "train", recipe, "--run", "run", "train.epochs=500"]
     for starts, rank in ((1, 1), (2, 0)):  # the second start resumes
         step = start([*SRUN, *train, "train.evaluate_every=500"], tmp_path)
-        until(lambda starts=starts: _trains(log, starts), "the step trains")
-        os.kill(_task(rank, recipe), signal.SIGUSR2)
-        end(step, 130)
+        try:
+            until(lambda starts=starts: _trains(log, starts), "the step trains")
+            os.kill(_task(rank, recipe), signal.SIGUSR2)
+            end(step, 130)
+        finally:
+            step.terminate()  # srun ends its tasks with itself
     text = log.read_text()
     assert text.count("saved checkpoint at step") == 2
     assert text.count("resumed from") == 1

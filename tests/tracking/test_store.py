@@ -10,10 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from stores import Store, assert_steps_once, log_has, senders, wait_for
+from stores import Store, assert_steps_once, free_port, log_has, senders, wait_for
 
-from pipeline.tracking import history, replay
-from pipeline.tracking.journal import Journal
+from pipeline.tracking import Tracker, announce, history, replay
+from pipeline.tracking.journal import Identity, Journal
 from pipeline.tracking.outlet import Outlet
 from pipeline.tracking.sender import DRAINED, LEFT, Sender
 
@@ -295,3 +295,35 @@ def test_system_metrics_show_the_gpu(tmp_path, monkeypatch):
     wait_for(lambda: os.path.getsize(tmp_path / "system.jsonl") > 0)  # noqa: PTH202
     metrics.stop()
     assert history(tmp_path)["system/gpu_0_memory_usage_megabytes"][0][1] > 0
+
+
+def test_a_sweep_is_announced_before_its_members_start(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sweep = tmp_path / "sweep"
+    Tracker(sweep, run_name="sweep", experiment="digits", uri=uri).close("FINISHED")
+    for name in ("a", "b"):
+        Tracker(sweep / name, run_name=name, experiment="digits", uri=uri, parent=sweep)
+    assert announce(sweep, 60)
+    runs = {run.info.run_name: run for run in Store(uri).runs()}
+    assert {run.info.status for run in runs.values()} == {"SCHEDULED"}
+    parent = runs.pop("sweep").info.run_id
+    assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [parent, parent]
+    assert Identity.load(sweep / "a").run_id == runs["a"].info.run_id
+
+
+def test_a_member_finds_or_makes_its_parent_where_nobody_was_told(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sweep = tmp_path / "sweep"
+    Tracker(sweep, run_name="sweep", experiment="digits", uri=uri).close("FINISHED")
+    Tracker(sweep / "a", run_name="a", experiment="digits", uri=uri, parent=sweep).close("FINISHED")
+    for folder in (sweep / "a", sweep):
+        assert carry(folder) == DRAINED
+    runs = {run.info.run_name: run for run in Store(uri).runs()}
+    assert runs["a"].data.tags["mlflow.parentRunId"] == runs["sweep"].info.run_id
+    assert [run.info.status for run in runs.values()] == ["FINISHED", "FINISHED"]
+
+
+def test_a_store_that_cannot_be_reached_is_no_obstacle_to_an_announcement(tmp_path):
+    Tracker(tmp_path / "a", run_name="a", experiment="x", uri=f"http://127.0.0.1:{free_port()}")
+    assert not announce(tmp_path / "a", 60)
+    assert Identity.load(tmp_path / "a").run_id is None

@@ -1,0 +1,65 @@
+"""What a run directory knows of its job: which one it is, and how its starts ended."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from data_prep.files import write_atomically
+
+FILE = "job.json"
+SAME_STEP = 3  # failures without a step between them, after which a job is not queued again
+_STEP = re.compile(r"step-(\d{9})")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A start that ended badly: `step` is where the next one would begin."""
+
+    job: str
+    step: int
+    status: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job of a run; `stopped` says why it will not be queued again."""
+
+    cluster: str
+    id: str
+    nodes: int
+    gpus_per_node: int
+    minutes: int
+    host: str
+    failures: tuple[Failure, ...] = ()
+    stopped: str | None = None
+
+    @classmethod
+    def load(cls, run: Path) -> Job | None:
+        """The recorded job; None where the run was never submitted."""
+        try:
+            values = json.loads((run / FILE).read_text())
+        except FileNotFoundError:
+            return None
+        values["failures"] = tuple(Failure(**failure) for failure in values["failures"])
+        return cls(**values)
+
+    def save(self, run: Path) -> None:
+        write_atomically(run / FILE, json.dumps(asdict(self), indent=1).encode())
+
+    def failed(self, step: int, status: int) -> Job:
+        """With one failure more; stopped, if it is the last one allowed."""
+        failures = (*self.failures, Failure(self.id, step, status))
+        alike = [failure for failure in failures[-SAME_STEP:] if failure.step == step]
+        reason = None
+        if len(alike) == SAME_STEP:
+            reason = f"failed {SAME_STEP} times at step {step}, last with status {status}"
+        return replace(self, failures=failures, stopped=reason)
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint directory, 0 without one; whether it is whole is not asked."""
+    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    return max((int(found[1]) for name in names if (found := _STEP.fullmatch(name))), default=0)

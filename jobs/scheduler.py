@@ -1,0 +1,67 @@
+"""What SLURM says of jobs, asked with as few calls as possible."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+WAIT_SECONDS = 60  # for an answer of a busy controller
+ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED")
+
+
+@dataclass(frozen=True)
+class State:
+    """One job: its state in SLURM's words, where it is, and why it waits."""
+
+    name: str
+    nodes: str = ""
+    left: str = ""  # until the time limit
+    reason: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.name in ALIVE
+
+
+def states(jobs: Iterable[str]) -> dict[str, State]:
+    """The state of each job that SLURM knows: of the queue, and of the accounting for the rest."""
+    wanted = set(jobs)
+    if not wanted or shutil.which("squeue") is None:
+        return {}
+    found: dict[str, State] = {}
+    queue = ask(
+        "squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%N|%L|%r"
+    )
+    for line in queue.splitlines():
+        job, name, nodes, left, reason = line.split("|", 4)
+        if job in wanted:
+            found[job] = State(name, nodes, left, reason if name == "PENDING" else "")
+    if missing := wanted - found.keys():
+        whole = ",".join(sorted({job.split("_")[0] for job in missing}))
+        format_ = "--format=JobID,State,NodeList"
+        for line in ask("sacct", "--allocations", "-nP", format_, "-j", whole).splitlines():
+            job, name, nodes = line.split("|")
+            if job in missing:
+                found[job] = State(name.split()[0], nodes)  # `CANCELLED by 1000`
+    return found
+
+
+def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
+    """What a command of SLURM prints; `wait` seconds for it, None: as long as it takes.
+
+    Raises:
+        ValueError: it failed; the message is what it said.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=wait)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{command[0]} did not answer within {wait} s: try again when the scheduler is "
+            "less busy"
+        ) from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ValueError(f"{command[0]} refuses: {said or f'status {done.returncode}'}")
+    return done.stdout

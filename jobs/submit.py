@@ -1,0 +1,384 @@
+"""A run's way to the queue: checked, made, photographed, queued; nothing is left of a refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from jobs import scheduler, stopping
+from jobs.clusters import LOCAL, Profile
+from jobs.record import Job
+from jobs.tasks import Train
+from pipeline.config import Config, ConfigError
+from pipeline.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import psutil
+
+    from pipeline.training.plan import Plan
+
+log = logging.getLogger(__name__)
+CODE = Path(__file__).resolve().parent.parent
+PACKAGES = ("jobs", "pipeline", "data_prep")
+SIGNAL_EARLY_S = 60  # SLURM may send a signal before a time limit this much sooner than asked
+TRACKING_SECONDS = 60.0  # that a tracking server has to answer at submission
+CHECKPOINT_BYTES = 20  # per parameter, generously: weights, their average, two moments, gradients
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a cluster for one run."""
+
+    profile: Profile
+    nodes: int
+    gpus_per_node: int
+    minutes: int
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class OnCluster:
+    """A task as one of the ranks that a job started; what submitit pickles."""
+
+    task: Train
+
+    def __call__(self) -> int:
+        stopping.note()  # also while the process ends: the launcher is to see the status
+        if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+            from submitit.helpers import TorchDistributedEnvironment
+
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        status = self.task()
+        if status:
+            # Not by an exception: submitit would make its status 1, and what the interpreter winds
+            # up may take longer than a launcher waits that has seen another rank leave.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+
+def check(config: Config, run: Path, request: Request) -> Plan:
+    """Find what is wrong before anything is written or queued.
+
+    Raises:
+        ValueError: the configuration, the shards, the batch, the tracking address, the disk, the
+            time limit, or what is asked of the cluster.
+    """
+    from pipeline import tracking
+    from pipeline.data.shards import ShardSet
+    from pipeline.training.initial import start_from
+    from pipeline.training.plan import build_model, plan
+
+    _check_request(request)
+    planned = plan(config, request.world_size)
+    for split in planned.manifest.splits.values():
+        ShardSet(planned.manifest, split).close()
+    if config.init_from and not RunDirectory(run).exists:
+        start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
+    tracking.store_uri()
+    _check_shared(request.profile, run, config.data.path)
+    _check_disk(planned, run)
+    return planned
+
+
+def _check_request(request: Request) -> None:
+    profile = request.profile
+    if profile.is_local and request.nodes > 1:
+        raise ConfigError(
+            f"--nodes {request.nodes} on this one machine: give --nodes 1, or --cluster with a "
+            "cluster's name"
+        )
+    if not profile.is_local and request.gpus_per_node > profile.gpus_per_node:
+        raise ConfigError(
+            f"--gpus-per-node {request.gpus_per_node}: a node of {profile.name} has "
+            f"{profile.gpus_per_node}"
+        )
+    shortest = profile.signal_delay_s + SIGNAL_EARLY_S
+    if not profile.is_local and 60 * request.minutes <= shortest:
+        raise ConfigError(
+            f"a time limit of {request.minutes} min is too short: the ranks are told to save "
+            f"{profile.signal_delay_s} s before it, and SLURM may tell them {SIGNAL_EARLY_S} s "
+            f"sooner: give --time {shortest // 60 + 1}m or more"
+        )
+
+
+def _check_shared(profile: Profile, *paths: Path) -> None:
+    if profile.shared is None:
+        return
+    for path in (*paths, Path(sys.prefix)):
+        if not path.resolve().is_relative_to(profile.shared):
+            raise ConfigError(
+                f"{path} is not below {profile.shared}, which is what the nodes of {profile.name} "
+                "see: move it there"
+            )
+
+
+def _check_disk(planned: Plan, run: Path) -> None:
+    kept = planned.config.checkpoints.keep_last + 2  # the best, and the one that is being written
+    needed = kept * CHECKPOINT_BYTES * planned.cost.parameters
+    folder = next(path for path in (run.resolve(), *run.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder} has {free / 1e9:.2f} GB free and {kept} checkpoints need about "
+            f"{needed / 1e9:.2f} GB: free disk space, or give another --run"
+        )
+
+
+def submit(config: Config, run: Path, request: Request) -> Job:
+    """Queue one run, or start it here; its job.
+
+    Raises:
+        ValueError: as `check`; the run has a job already, or the scheduler refuses.
+    """
+    check(config, run, request)
+    ask_site(request)
+    with made(config, run):
+        snapshot(run / "code")
+        announce(run)
+        (job,) = queue({run: config}, request, run)
+    return job
+
+
+def ask_site(request: Request) -> None:
+    """Raises ValueError where the site would refuse such a job: partition, account, limits."""
+    if not request.profile.is_local:
+        scheduler.ask("sbatch", "--test-only", *sbatch_options(request), "--wrap", "true")
+
+
+@contextlib.contextmanager
+def made(config: Config, run: Path, sweep: Path | None = None) -> Iterator[None]:
+    """The run's directory and its place among the tracked runs, gone again if the block fails.
+
+    Raises:
+        ValueError: another process owns the directory, or its job is alive.
+    """
+    from pipeline.tracking import Tracker
+
+    directory, existed = RunDirectory(run), run.exists()
+    with _alone(run):
+        refuse_second(run)
+        try:
+            directory.claim(config)
+            try:
+                Tracker(run, run_name=run.name, experiment=config.experiment, parent=sweep).params(
+                    config.flat()
+                )
+            finally:
+                directory.release()
+            yield
+        except BaseException:
+            if not existed:
+                shutil.rmtree(run, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """One submission of a run at a time."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock = run.parent / f".{run.name}.submit.lock"
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise ConfigError(f"{run} is being submitted by another process: wait for it") from None
+
+
+def refuse_second(run: Path) -> None:
+    """Raises ConfigError where the run's job is queued, running or ending."""
+    job = Job.load(run)
+    if job is not None and is_alive(job):
+        raise ConfigError(
+            f"{run} has job {job.id} on {job.cluster} already: wait for it, or `reprise cancel "
+            f"{run}` first"
+        )
+
+
+def is_alive(job: Job) -> bool:
+    if job.cluster == LOCAL:
+        return bool(controllers(job))
+    state = scheduler.states([job.id]).get(job.id)
+    return state is not None and state.alive
+
+
+def controllers(job: Job) -> list[psutil.Process]:
+    """What answers for a job on this machine: submitit's shell, and its controller of the ranks."""
+    import psutil
+
+    try:
+        shell = psutil.Process(int(job.id))
+        if job.host != socket.gethostname() or "submitit" not in " ".join(shell.cmdline()):
+            return []
+        return [shell, *shell.children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def snapshot(folder: Path) -> None:
+    """A copy of the code that runs here; a queued job sees no later edit."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for package in PACKAGES:
+        shutil.copytree(
+            CODE / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+
+
+def announce(run: Path) -> None:
+    """Create the MLflow run, or all of a sweep; a server that is down gets them from the jobs."""
+    from pipeline import tracking
+
+    if not tracking.announce(run, TRACKING_SECONDS):
+        log.warning(
+            "the tracking server does not answer: training keeps its journal, and the MLflow run "
+            "of %s is created when it does",
+            run,
+        )
+
+
+def queue(
+    runs: dict[Path, Config],
+    request: Request,
+    folder: Path,
+    max_parallel: int | None = None,
+    after: str | None = None,
+) -> list[Job]:
+    """Hand the runs to submitit, several of them as one array; their jobs, recorded.
+
+    Args:
+        folder: holds the snapshot, and what submitit writes.
+        max_parallel: members of the array that may run at a time.
+        after: a job that must have ended before.
+    """
+    import submitit
+
+    tasks = [OnCluster(Train(config, run.resolve())) for run, config in runs.items()]
+    own, profile = (folder / "slurm").resolve(), request.profile
+    if profile.is_local:
+        quoted = shlex.quote(str(own / "controller.log"))
+        executor: Any = submitit.LocalExecutor(folder=own)
+        executor.update_parameters(
+            nodes=1,
+            tasks_per_node=request.ranks_per_node,
+            gpus_per_node=request.gpus_per_node,
+            timeout_min=request.minutes,
+            signal_delay_s=profile.signal_delay_s,
+            stderr_to_stdout=True,
+            # The job must not hold on to the terminal that it was started from.
+            setup=["trap '' HUP", f"exec >{quoted} 2>&1 </dev/null", *_setup(profile, folder)],
+        )
+    else:
+        executor = submitit.SlurmExecutor(folder=own)
+        wanted = parameters(request, list(runs), folder)
+        limits = {"array_parallelism": max_parallel, "dependency": after and f"afterany:{after}"}
+        executor.update_parameters(**wanted, **{k: v for k, v in limits.items() if v is not None})
+    handles = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+    jobs = []
+    for run, handle in zip(runs, handles, strict=True):
+        job = Job(
+            cluster=profile.name,
+            id=handle.job_id,
+            nodes=request.nodes,
+            gpus_per_node=request.gpus_per_node,
+            minutes=request.minutes,
+            host=socket.gethostname(),
+        )
+        job.save(run)
+        jobs.append(job)
+    return jobs
+
+
+def output(run: Path, job: Job, rank: int) -> Path:
+    """Where the scheduler keeps what a rank prints; members of a sweep have a folder together."""
+    folder = run.parent if "_" in job.id else run
+    return folder / "slurm" / f"{job.id}_{rank}_log.out"
+
+
+def sbatch_text(request: Request, runs: list[Path], folder: Path) -> str:
+    """The batch script, as submitit will write it for one run."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    own = folder.resolve() / "slurm"
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(own))}"
+    wanted = parameters(request, runs, folder)
+    return str(_make_sbatch_string(command=command, folder=own, **wanted))
+
+
+def parameters(request: Request, runs: list[Path], folder: Path) -> dict[str, Any]:
+    """submitit's names for what is asked of SLURM."""
+    profile = request.profile
+    wanted = {
+        "job_name": "reprise",
+        "time": request.minutes,
+        "nodes": request.nodes,
+        "ntasks_per_node": request.ranks_per_node,
+        "cpus_per_task": profile.cpus_per_gpu,
+        "gpus_per_node": request.gpus_per_node or None,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "signal_delay_s": profile.signal_delay_s,
+        "stderr_to_stdout": True,
+        # The others end with a rank that was killed; the last lines decide what comes next.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "setup": [*_setup(profile, folder), "trap : TERM  # let the last lines run"],
+        "teardown": [
+            shlex.join([sys.executable, "-m", "jobs.supervise"])
+            + ' "$?" '
+            + shlex.join(str(run.resolve()) for run in runs)
+        ],
+        "additional_parameters": {"requeue": True, **profile.sbatch},
+    }
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _setup(profile: Profile, folder: Path) -> list[str]:
+    """Shell lines before the ranks: the profile's, and the snapshot before the installed code."""
+    cpus, code = profile.cpus_per_gpu, shlex.quote(str(folder.resolve() / "code"))
+    lines = [
+        *profile.setup,
+        *(f"export {name}={shlex.quote(text)}" for name, text in profile.environment.items()),
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export OMP_NUM_THREADS={cpus} OMP_WAIT_POLICY=PASSIVE",
+    ]
+    return lines if profile.is_local else [*lines, f"export SRUN_CPUS_PER_TASK={cpus}"]
+
+
+def sbatch_options(request: Request) -> list[str]:
+    """What a site may refuse of a request."""
+    profile = request.profile
+    wanted: dict[str, Any] = {
+        "time": request.minutes,
+        "nodes": request.nodes,
+        "ntasks-per-node": request.ranks_per_node,
+        "cpus-per-task": profile.cpus_per_gpu,
+        "gpus-per-node": request.gpus_per_node or None,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        **profile.sbatch,
+    }
+    return [f"--{name}={value}" for name, value in wanted.items() if value is not None]

@@ -1,0 +1,95 @@
+"""Sweeps: every combination of settings with several values, as job arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from jobs import scheduler, submit
+from jobs.record import Job
+from jobs.submit import Request
+from pipeline import recipes
+from pipeline.config import Config, ConfigError
+
+LARGEST_ARRAY = 1000  # where a site does not tell
+
+
+def expand(overrides: Iterable[str]) -> dict[str, list[str]]:
+    """Name -> overrides of each member: the product over `key=a,b`; YAML lists are one value.
+
+    Raises:
+        ConfigError: no setting has several values.
+    """
+    axes, fixed = [], []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if "," in text and not text.lstrip().startswith(("[", "{")):
+            axes.append([f"{key}={value}" for value in text.split(",")])
+        else:
+            fixed.append(override)
+    if not axes:
+        raise ConfigError("nothing to sweep: give a setting several values, such as seed=0,1,2")
+    members = itertools.product(*axes)
+    return {",".join(member).replace("/", "-"): [*fixed, *member] for member in members}
+
+
+def members(recipe: str, overrides: Iterable[str], folder: Path) -> dict[Path, Config]:
+    """Run directory and configuration of each member."""
+    return {
+        folder / name: recipes.load(recipe, settings)
+        for name, settings in expand(overrides).items()
+    }
+
+
+def start(
+    runs: dict[Path, Config], folder: Path, request: Request, max_parallel: int | None
+) -> list[Job]:
+    """Queue all members, in as many arrays as the site's limit asks for, one after the other.
+
+    Raises:
+        ValueError: as `submit.submit`, for any member; then none is queued.
+    """
+    if request.profile.is_local:
+        raise ConfigError(
+            "a sweep needs a scheduler: give --cluster with a cluster's name, or start the "
+            "members by themselves"
+        )
+    for run, config in runs.items():
+        submit.check(config, run, request)
+    submit.ask_site(request)
+    largest = largest_array()
+    experiment = next(iter(runs.values())).experiment
+    jobs: list[Job] = []
+    with contextlib.ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        _track(folder, experiment)
+        for run, config in runs.items():
+            stack.enter_context(submit.made(config, run, folder))
+        submit.snapshot(folder / "code")
+        submit.announce(folder)
+        try:
+            left = iter(runs.items())
+            while chunk := dict(itertools.islice(left, largest)):
+                after = jobs[-1].id.split("_")[0] if jobs else None
+                jobs += submit.queue(chunk, request, folder, max_parallel, after)
+        except BaseException:
+            for job in {job.id.split("_")[0] for job in jobs}:
+                scheduler.ask("scancel", job)
+            raise
+    return jobs
+
+
+def _track(folder: Path, experiment: str) -> None:
+    """The parent in MLflow; it is over as soon as it is there, its members are not."""
+    from pipeline.tracking import Tracker
+
+    Tracker(folder, run_name=folder.name, experiment=experiment).close("FINISHED")
+
+
+def largest_array() -> int:
+    """Members that an array may have on this site."""
+    told = re.search(r"MaxArraySize\s*=\s*(\d+)", scheduler.ask("scontrol", "show", "config"))
+    return int(told[1]) if told else LARGEST_ARRAY

@@ -1,0 +1,180 @@
+"""Jobs on the two-node lab: submitted as a person does, watched through SLURM and the run."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.record import Job, newest_step
+from tests.jobs.command import ENTRY
+from tests.training.conftest import Trace, trace
+
+PATIENCE = 240.0  # seconds; a requeued job waits for its nodes
+RECIPE = """
+name: tiny
+model: dr_resnet16
+data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 32}}}}
+optimizer: {{lr: 0.05, nesterov: true, weight_decay: 5.0e-4}}
+train: {{epochs: 20, batch_size: 16, evaluate_every: 20, log_every: 1}}
+checkpoints: {{every_steps: 5}}
+"""
+HOME = Path("/run/reprise-lab")  # of the lab while it is up
+LAB = Path(__file__).resolve().parents[2] / "slurm" / "lab"
+TWO_NODES = ("--cluster", "lab", "--nodes", "2", "--gpus-per-node", "1", "--time", "10m")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lab() -> None:
+    """The lab, up: a test must not meet another cluster by accident."""
+    if not HOME.is_dir():
+        pytest.skip("needs the two-node lab: `make lab-up` as root, then `make test`")
+
+
+@pytest.fixture(scope="session")
+def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 steps on 64 images: ten seconds for two ranks, with a checkpoint every five steps."""
+    file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    file.write_text(RECIPE.format(shards=shards))
+    return file
+
+
+@pytest.fixture(scope="session")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """What two local ranks train that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = reprise("train", recipe, "--nproc", 2, "--run", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return trace(folder / "run")
+
+
+def reprise(
+    *args: object, cwd: Path, tracking: str | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """The command to its end, with this tracking server."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    if tracking:
+        environment["MLFLOW_TRACKING_URI"] = tracking
+    return subprocess.run(
+        [sys.executable, "-c", ENTRY, *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run and its job."""
+
+    run: Path
+
+    @property
+    def job(self) -> Job:
+        found = Job.load(self.run)
+        assert found is not None
+        return found
+
+    @property
+    def log(self) -> str:
+        file = self.run / "logs" / "rank-0.log"
+        return file.read_text() if file.is_file() else ""
+
+    @property
+    def resumed(self) -> int:
+        return self.log.count("INFO resumed from")
+
+    @property
+    def restarts(self) -> int:
+        """How often SLURM has queued the job again."""
+        shown = slurm("scontrol", "show", "job", self.job.id)
+        return int(shown.split("Restarts=")[1].split()[0])
+
+    @property
+    def state(self) -> str:
+        return slurm("sacct", "-nXP", "-o", "State", "-j", self.job.id).split("\n")[0]
+
+    def reached(self, step: int, what: str = "training") -> None:
+        self.until(lambda: newest_step(self.run) >= step, f"{what} has saved step {step}")
+
+    def finished(self) -> None:
+        self.until(lambda: (self.run / "weights.safetensors").is_file(), "the run has finished")
+        self.until(lambda: self.state == "COMPLETED", "the job is completed")
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            job = self.job
+            assert job.stopped is None, job
+            assert time.monotonic() < deadline, f"waited in vain until {what}: {self.outputs()}"
+            time.sleep(0.2)
+
+    def outputs(self) -> str:
+        """What the job printed."""
+        files = sorted(self.run.glob("slurm/*.out"))
+        return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in files)
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get("SLURM_JOB_ID") == self.job.id and (
+                    environment.get("SLURM_PROCID") == str(number)
+                    and "submitit.core._submit" in process.cmdline()
+                ):
+                    return process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        raise AssertionError(f"no rank {number} of job {self.job.id}")
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(autouse=True)
+def no_job_left(lab: None, tmp_path: Path) -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + PATIENCE
+    while left := jobs_of(tmp_path):
+        subprocess.run(["scancel", *left], check=False)
+        assert time.monotonic() < deadline, f"jobs {left} do not end"
+        time.sleep(0.5)
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """The jobs that were submitted in a folder and have not ended."""
+    lines = slurm("squeue", "--noheader", "--format=%i|%Z").splitlines()
+    return [
+        job for job, _, where in (line.partition("|") for line in lines) if where == str(folder)
+    ]
+
+
+@pytest.fixture
+def submit(recipe: Path, tmp_path: Path) -> Callable[..., Submitted]:
+    """Submit the recipe to two nodes."""
+
+    def call(*args: object, tracking: str | None = None) -> Submitted:
+        words = ["submit", recipe, *TWO_NODES, *args, "--run", "run"]
+        done = reprise(*words, cwd=tmp_path, tracking=tracking)
+        assert done.returncode == 0, done.stderr
+        found = Submitted(tmp_path / "run")
+        assert f"job {found.job.id} on lab: run" in done.stdout
+        return found
+
+    return call

@@ -1,0 +1,182 @@
+"""Jobs by the name of their run: listed, read, cancelled, resumed, swept, given up, drilled."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.record import SAME_STEP, Job
+from pipeline import tracking
+from tests.cluster.conftest import TWO_NODES, Submitted, reprise, slurm
+from tests.conftest import ROOT
+from tests.training.conftest import Trace, trace
+
+Submit = Callable[..., Submitted]
+SOON = 12
+ALIKE = ("model=resnet20", "model_options.sync_norm=true")
+
+
+def row(run: Submitted) -> str:
+    shown = reprise("runs", "--runs", ".", cwd=run.run.parent)
+    assert shown.returncode == 0, shown.stderr
+    (line,) = [
+        line for line in shown.stdout.splitlines()[2:] if line.startswith(f"{run.run.name} ")
+    ]
+    return line
+
+
+def losses(run: Path) -> dict[int, float]:
+    return dict(tracking.history(run)["train/loss"])
+
+
+def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
+    """The global batch and its order stay, and with them the loss: to 5 % of the uninterrupted
+    run's in every ten steps, where nothing is random and the norms see the whole batch."""
+    run = submit(*ALIKE)
+    folder = run.run.parent
+    for step, nodes in ((SOON, 1), (2 * SOON, 2)):
+        run.reached(step)
+        assert "running" in row(run)
+        assert f"{run.job.id} on lab" in row(run)
+        cancelled = reprise("cancel", "run", "--runs", ".", cwd=folder)
+        assert cancelled.returncode == 0, cancelled.stderr
+        run.until(lambda: run.state.startswith("CANCELLED"), "the job is cancelled")
+        assert "cancelled" in row(run)
+        resumed = reprise("resume", "run", "--runs", ".", "--nodes", nodes, cwd=folder)
+        assert resumed.returncode == 0, resumed.stderr
+    run.finished()
+    assert "finished" in row(run)
+    assert "20.0 of 20" in row(run)
+    assert "resuming on 1 ranks what 2 saved" in run.log
+    assert "resuming on 2 ranks what 1 saved" in run.log
+    logged = reprise("logs", "run", "--runs", ".", "--rank", 1, "-f", cwd=folder)
+    assert logged.stdout == (run.run / "logs" / "rank-1.log").read_text()
+    refused = reprise("resume", "run", "--runs", ".", cwd=folder)
+    assert refused.returncode == 2
+    assert "has finished" in refused.stderr
+    alone = reprise("train", recipe, *ALIKE, "--nproc", 2, "--run", "whole", cwd=folder)
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = losses(run.run), losses(folder / "whole")
+    assert len(ours) == len(theirs) == 80
+    for first in range(1, 80, 10):
+        window = range(first, first + 10)
+        mean = sum(theirs[step] for step in window) / 10
+        assert abs(sum(ours[step] for step in window) / 10 - mean) < 0.05 * mean
+
+
+def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
+    """The job runs the snapshot, and nothing else: it is broken, the installed code is not."""
+    slurm("scontrol", "update", "partition=low", "state=down")
+    try:
+        run = submit()
+        code = run.run / "code" / "pipeline" / "training" / "run.py"
+        code.write_text(code.read_text() + "\nraise RuntimeError('broken snapshot')\n")
+    finally:
+        slurm("scontrol", "update", "partition=low", "state=up")
+    with pytest.raises(AssertionError, match="failed 3 times at step 0"):
+        run.until(lambda: False, "it is given up")
+    run_states = [failure.step for failure in run.job.failures]
+    assert run_states == [0] * SAME_STEP
+    assert "stopped: failed 3 times at step 0, last with status 70" in row(run)
+    shown = reprise("logs", "run", "--runs", ".", cwd=run.run.parent)
+    assert "broken snapshot" in shown.stdout
+
+
+def test_a_tracking_server_that_comes_up_later_gets_everything_once(
+    submit: Submit,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    run = submit("train.epochs=2", "train.evaluate_every=2", tracking=address)
+    run.finished()
+    assert json.loads((run.run / "tracking.json").read_text())["run_id"] is None
+    database = run.run.parent / "server.db"
+    server = subprocess.Popen(
+        [*tracking.ui_command(f"sqlite:///{database}", int(address.rsplit(":", 1)[1]))],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        run.until(lambda: tracking.replay(run.run, timeout=20), "everything has arrived")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    with sqlite3.connect(database) as rows:
+        (runs,) = rows.execute("select count(*) from runs where status = 'FINISHED'").fetchone()
+        points = rows.execute("select step from metrics where key = 'train/loss'").fetchall()
+    assert runs == 1
+    assert sorted(step for (step,) in points) == list(range(1, 9))
+
+
+def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_path: Path) -> None:
+    """In two arrays, because the lab takes no larger ones; the tenth member is mended alone."""
+    small = ["train.epochs=1", "train.evaluate_every=1"]
+    seeds = ",".join(map(str, range(10)))
+    slurm("scontrol", "update", "partition=low", "state=down")
+    try:
+        done = reprise(
+            "submit", recipe, "--sweep", f"seed={seeds}", *small, "--cluster", "lab",
+            "--gpus-per-node", 1, "--time", "10m", "--max-parallel", 2, "--run", "sweep",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "sweep" / "seed=9" / "checkpoints").write_text("in the way")
+    finally:
+        slurm("scontrol", "update", "partition=low", "state=up")
+    members = [Submitted(tmp_path / "sweep" / f"seed={seed}") for seed in range(10)]
+    assert len({member.job.id for member in members}) == 10
+    assert len({member.job.id.split("_")[0] for member in members}) == 2
+    for member in members[:9]:
+        member.finished()
+    bad = members[9]
+    with pytest.raises(AssertionError, match="status 2"):
+        bad.until(lambda: False, "it is given up")
+    (bad.run / "checkpoints").unlink()
+    again = reprise("resume", "sweep/seed=9", "--runs", ".", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    bad.finished()
+    with sqlite3.connect(tmp_path / "mlflow.db") as rows:
+        parents = rows.execute(
+            "select value, count(*) from tags where key = 'mlflow.parentRunId' group by value"
+        ).fetchall()
+        (finished,) = rows.execute("select count(*) from runs where status = 'FINISHED'").fetchone()
+    assert [count for _, count in parents] == [10]
+    assert finished == 11  # the parent too
+
+
+def test_the_same_job_without_submitit(recipe: Path, whole: Trace, tmp_path: Path) -> None:
+    """Stopped once on its way, as by a preemption."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    asked = subprocess.run(
+        ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", ROOT / "slurm/train.sbatch",
+         recipe, "--run", "run"],
+        cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    job = Job("lab", asked.stdout.strip(), 2, 1, 10, "here")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # a run directory to be, which holds its record already
+    job.save(tmp_path / "run")
+    run = Submitted(tmp_path / "run")
+    run.reached(SOON)
+    slurm("scancel", "--signal=USR2", job.id)
+    run.until(lambda: run.resumed == 1, "the run goes on")
+    run.finished()
+    assert trace(run.run) == whole
+
+
+def test_drill_and_doctor(tmp_path: Path) -> None:
+    drilled = reprise("drill", *TWO_NODES[:2], "--quiet", cwd=tmp_path)
+    assert drilled.returncode == 0, drilled.stderr
+    assert "the same weights bit by bit" in drilled.stdout
+    examined = reprise("doctor", *TWO_NODES[:2], "--data", "runs/drill/digits", cwd=tmp_path)
+    assert examined.returncode == 0, examined.stdout + examined.stderr
+    assert "2 ranks on" in examined.stdout or "4 ranks on" in examined.stdout

@@ -1,0 +1,183 @@
+"""Submission without a cluster: what is asked of SLURM, what is refused before, and the end."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import clusters, runs, scheduler, submit, supervise, sweep
+from jobs.clusters import Profile
+from jobs.errors import Exit
+from jobs.record import Job
+from jobs.submit import Request
+from pipeline import config as configuration
+from pipeline.config import Config, ConfigError
+from tests.conftest import ROOT
+from tests.jobs.command import PATIENCE, start
+
+GOLDEN = ROOT / "tests" / "golden" / "two_nodes.sbatch"
+EXAMPLE = clusters._read(ROOT / "slurm" / "clusters" / "example.yaml")
+JOB = Job("lab", "7", 2, 1, 10, "here")
+
+
+@pytest.fixture
+def tiny(recipe: Path) -> Config:
+    return configuration.read(recipe)
+
+
+def test_the_batch_script(tmp_path: Path) -> None:
+    """One task for each GPU; the ranks end with one that is lost; the supervisor comes last."""
+    request = Request(EXAMPLE, nodes=2, gpus_per_node=8, minutes=24 * 60)
+    text = submit.sbatch_text(request, [tmp_path / "run"], tmp_path / "run")
+    text = text.replace(str(tmp_path.resolve()), "FOLDER").replace(sys.executable, "PYTHON")
+    assert text == GOLDEN.read_text()
+
+
+REFUSED = {
+    "nodes of one machine": (Profile(name="local"), 2, 1, 10, {}, "--cluster with a cluster's"),
+    "more GPUs than there are": (Profile(name="x", gpus_per_node=4), 1, 8, 10, {}, "of x has 4"),
+    "time": (Profile(name="x", gpus_per_node=1), 1, 1, 3, {}, "--time 4m or more"),
+    "batch": (Profile(name="x", gpus_per_node=3), 1, 3, 10, {}, "3"),
+    "not shared": (
+        Profile(name="x", gpus_per_node=1, shared=Path("/shared")), 1, 1, 10, {},
+        "is not below /shared",
+    ),
+    "shards": (Profile(name="x", gpus_per_node=1), 1, 1, 10, {"data.path": "lost"}, "lost"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_found_before_anything_is_made(
+    tiny: Config, tmp_path: Path, case: str
+) -> None:
+    profile, nodes, gpus, minutes, changes, words = REFUSED[case]
+    values = tiny.model_dump(mode="json")
+    config = configuration.build(values, [f"{key}={text}" for key, text in changes.items()])
+    with pytest.raises((ValueError, OSError), match=words):
+        submit.submit(config, tmp_path / "run", Request(profile, nodes, gpus, minutes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_and_a_swapped_index_are_found_too(
+    tiny: Config, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    request = Request(Profile(name="x", gpus_per_node=1), 1, 1, 10)
+    copy = tmp_path / "set"
+    shutil.copytree(shards, copy)
+    (copy / "train-000000.idx").write_bytes((copy / "train-000001.idx").read_bytes())
+    broken = configuration.build(tiny.model_dump(mode="json"), [f"data.path={copy}"])
+    with pytest.raises(ValueError, match=r"train-000000\.idx is the index of train-000001"):
+        submit.check(broken, tmp_path / "run", request)
+    monkeypatch.setattr(submit, "CHECKPOINT_BYTES", 10**12)
+    with pytest.raises(ConfigError, match=r"checkpoints need about .* GB: free disk space"):
+        submit.check(tiny, tmp_path / "run", request)
+
+
+def test_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own = clusters.own_folder() / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("partition: long\ngpus_per_node: 4\n")
+    assert clusters.load("mine").partition == "long"
+    own.write_text("partion: long\n")
+    with pytest.raises(ConfigError, match="unknown key 'partion': did you mean 'partition'"):
+        clusters.load("mine")
+    with pytest.raises(ConfigError, match="did you mean 'example'"):
+        clusters.load("exampel")
+    assert clusters.minutes("24h") == 24 * 60
+    with pytest.raises(ConfigError, match="90m, 24h or 2d"):
+        clusters.minutes("1:00")
+
+
+@pytest.mark.parametrize(
+    ("status", "again", "stopped"),
+    [
+        (0, False, None),
+        (Exit.INTERRUPTED, True, None),
+        (128 + 10, True, None),
+        (128 + 9, True, None),
+        (Exit.RANK_LOST, True, None),
+        (Exit.NON_FINITE, False, "status 4: the loss is not finite"),
+        (Exit.USER_ERROR, False, "status 2: "),
+    ],
+)
+def test_which_job_is_queued_again(
+    tmp_path: Path, status: int, again: bool, stopped: str | None
+) -> None:
+    JOB.save(tmp_path)
+    assert supervise.supervise(int(status), tmp_path) == again
+    job = Job.load(tmp_path)
+    assert job is not None
+    assert (job.stopped or "").startswith(stopped or "")
+    assert (job.stopped is None) == (stopped is None)
+
+
+def test_a_job_is_given_up_only_where_nothing_moves(tmp_path: Path) -> None:
+    JOB.save(tmp_path)
+    steps = [0, 0, 5, 5, 5]
+    for number, step in enumerate(steps):
+        (tmp_path / "checkpoints" / f"step-{step:09d}").mkdir(parents=True, exist_ok=True)
+        assert supervise.supervise(137, tmp_path) == (number < len(steps) - 1)
+    job = Job.load(tmp_path)
+    assert job is not None
+    assert job.stopped == "failed 3 times at step 5, last with status 137"
+
+
+def test_the_members_of_a_sweep() -> None:
+    found = sweep.expand(["model=a,b", "seed=0,1", "schedule.milestones=[1,2]"])
+    assert list(found) == ["model=a,seed=0", "model=a,seed=1", "model=b,seed=0", "model=b,seed=1"]
+    assert found["model=b,seed=1"] == ["schedule.milestones=[1,2]", "model=b", "seed=1"]
+    with pytest.raises(ConfigError, match="several values"):
+        sweep.expand(["seed=0"])
+
+
+def test_states_are_asked_of_the_queue_and_then_of_the_accounting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {
+        "squeue": "7_1|PENDING||1:00|Priority\n8|RUNNING|node1|0:30|None\n",
+        "sacct": "9|CANCELLED by 0|node2\n9_1|FAILED|node1\n",
+    }
+    monkeypatch.setattr(scheduler, "ask", lambda *words: answers[words[0]])
+    monkeypatch.setattr(scheduler.shutil, "which", lambda name: name)
+    found = scheduler.states(["7_1", "8", "9", "10"])
+    assert found["7_1"].alive
+    assert found["7_1"].reason == "Priority"
+    assert found["8"].nodes == "node1"
+    assert found["9"].name == "CANCELLED"
+    assert found.keys() == {"7_1", "8", "9"}
+
+
+def command(*words: object, cwd: Path) -> tuple[int, str, str]:
+    """Status and output of `reprise`, which may leave a job behind in the background."""
+    process = start(*words, cwd=cwd)
+    out, err = process.communicate(timeout=4 * PATIENCE)
+    return process.returncode, out, err
+
+
+def test_the_same_command_without_slurm(recipe: Path, tmp_path: Path) -> None:
+    """Two ranks in the background of this machine; a second submission meets the first."""
+    words = ("submit", recipe, "--cluster", "local", "--gpus-per-node", 2, "--run", "runs/a")
+    status, out, err = command(*words, cwd=tmp_path)
+    assert status == 0, err
+    run = tmp_path / "runs" / "a"
+    job = Job.load(run)
+    assert job is not None
+    assert f"job {job.id} on local" in out
+    try:
+        status, _, err = command(*words, cwd=tmp_path)
+        assert status == 2
+        assert f"has job {job.id} on local already" in err
+        deadline = time.monotonic() + 4 * PATIENCE
+        while submit.is_alive(job) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        for process in submit.controllers(job):
+            process.kill()
+    assert runs.progress(run).status == "FINISHED"
+    assert len(list(run.glob("checkpoints/step-*/rank-*"))) == 2
+    assert (run / "logs" / "rank-1.log").is_file()
+    assert "finished" in command("runs", cwd=tmp_path)[1]
