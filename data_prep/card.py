@@ -70,10 +70,10 @@ def _lines(manifest: Manifest, facts: Facts) -> Iterator[str]:
     yield ""
     yield "| pixels | images | |"
     yield "|---|---|---|"
-    for (start, stop), count in zip(_bins(), facts.sides, strict=True):
+    for pixels, count in zip(_bins(), facts.sides, strict=True):
         if count:
             bar = "█" * -(-count * _BAR // max(facts.sides))
-            yield f"| {start} to {stop} | {count:,} | {bar} |"
+            yield f"| {pixels} | {count:,} | {bar} |"
     yield ""
     shown = manifest.splits[manifest.measured]
     yield f"## The first {min(SAMPLES, shown.samples)} images of {shown.name}"
@@ -105,9 +105,9 @@ def _balance(manifest: Manifest) -> Iterator[str]:
             yield f"The {what}: {named}."
 
 
-def _bins() -> list[tuple[int, str]]:
-    ends = [str(side - 1) for side in SIDES] + ["more"]
-    return list(zip((1, *SIDES), ends, strict=True))
+def _bins() -> list[str]:
+    pairs = itertools.pairwise((1, *SIDES))
+    return [*(f"{start} to {stop - 1}" for start, stop in pairs), f"{SIDES[-1]} and more"]
 
 
 def _picture(manifest: Manifest) -> bytes:

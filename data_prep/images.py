@@ -19,7 +19,7 @@ BYTE_LIMIT = 256 * 2**20
 """Larger files are not even read: no image within the pixel limit needs them."""
 REENCODED_QUALITY = 95
 """Of JPEGs that readers would decode differently, or with warnings, as they were found."""
-COUNTED_PIXELS = 2**12
+COUNTED_PIXELS = 2**13
 """Of images of twice as many and more, every n-th row is counted, so that it is about so many."""
 
 _REENCODED = ("BMP", "PPM", "GIF")
@@ -199,8 +199,10 @@ def _resized(pixels: Pixels, short: int) -> Pixels:
 
 
 def _histogram(pixels: Pixels) -> list[int]:
-    step = max(1, pixels.shape[0] * pixels.shape[1] // COUNTED_PIXELS)
-    counts = Image.fromarray(np.ascontiguousarray(pixels[::step])).histogram()
+    height, width = pixels.shape[:2]
+    step = min(max(1, height * width // COUNTED_PIXELS), height)
+    # From the middle of each step: skies are brighter than what is below them.
+    counts = Image.fromarray(np.ascontiguousarray(pixels[step // 2 :: step])).histogram()
     return counts if pixels.ndim == 3 else 3 * counts
 
 
