@@ -35,7 +35,7 @@ class Facts:
         self.counts[label] += 1
         self.sides[bisect.bisect(SIDES, min(image.height, image.width))] += 1
         if image.histogram is not None:
-            self.histogram += np.asarray(image.histogram, np.int64)
+            self.histogram += image.histogram
         self.heights = _span(self.heights, (image.height, image.height))
         self.widths = _span(self.widths, (image.width, image.width))
 

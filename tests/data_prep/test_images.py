@@ -73,7 +73,7 @@ def test_jpegs_that_readers_decode_differently_are_stored_again(data):
     assert np.abs(by_pillow(image.data) - by_pillow(data)).mean() < 3
     again = check(image.data)
     assert (again.data, again.reencoded) == (image.data, False)
-    assert again.histogram == image.histogram
+    np.testing.assert_array_equal(again.histogram, image.histogram)
 
 
 def test_every_reader_decodes_what_is_in_a_set_alike():
@@ -112,7 +112,7 @@ def test_large_images_are_resized_to_their_shorter_side():
         assert (stored.format, stored.mode, stored.size) == ("JPEG", mode, (32, 48))
         expected = original.resize((32, 48), Image.Resampling.BILINEAR).convert("RGB")
         assert np.abs(by_pillow(image.data) - np.asarray(expected).astype(int)).mean() < 3
-        assert image.histogram == check(image.data).histogram
+        np.testing.assert_array_equal(image.histogram, check(image.data).histogram)
     larger = len(check(encoded(picture(1, 90, 60)), Treatment(resize_short=32, quality=100)).data)
     assert larger > len(image.data)
 
@@ -129,7 +129,8 @@ def test_trusted_jpegs_are_not_decoded_and_their_headers_are_read():
     image = check(cut, trust, statistics=False)
     assert (image.data, image.height, image.width) == (cut, 64, 48)
     assert image.histogram is None
-    assert check(jpeg(1), trust, statistics=True).histogram == check(jpeg(1)).histogram
+    counted = check(jpeg(1), trust, statistics=True).histogram
+    np.testing.assert_array_equal(counted, check(jpeg(1)).histogram)
     assert check(REENCODED["cmyk"], trust, statistics=False).reencoded
     with own_pixel_limit(), pytest.raises(RejectedImageError, match="cannot be decoded"):
         check(encoded(picture(1), "PNG")[:-60], trust, statistics=False)
