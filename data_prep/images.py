@@ -19,7 +19,7 @@ BYTE_LIMIT = 256 * 2**20
 """Larger files are not even read: no image within the pixel limit needs them."""
 REENCODED_QUALITY = 95
 """Of JPEGs that readers would decode differently, or with warnings, as they were found."""
-COUNTED_PIXELS = 2**12
+COUNTED_PIXELS = 2**13
 """Of images of twice as many and more, every n-th row is counted, so that it is about so many."""
 
 _REENCODED = ("BMP", "PPM", "GIF")
