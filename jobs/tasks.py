@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.models import Network
     from pipeline.run_directory import RunDirectory
     from pipeline.tasks import Summary
+    from pipeline.training.checkpoint import Checkpoint
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class _Trained:
     manifest: Manifest
     world: World
     model: Network
-    step: int
+    checkpoint: Checkpoint
 
     @classmethod
     def open(cls, run: Path, data: Path | None = None, best: bool = False) -> _Trained:
@@ -193,7 +194,7 @@ class _Trained:
         world = World.detect()
         world.start()
         model = restore.trained_network(config, manifest, found, world.device)
-        return cls(directory, config, manifest, world, model, found.step)
+        return cls(directory, config, manifest, world, model, found)
 
     def alone(self) -> World:
         """What is only done by one rank sees the whole of the data.
@@ -244,7 +245,7 @@ class Evaluate:
                     world,
                     measure(model, config.data.augment.size, steps),
                     self.split or manifest.evaluation.name,
-                    opened.step,
+                    opened.checkpoint.step,
                     DTYPES[config.train.precision],
                     _running_total(report, loader.samples),
                     task=tasks.of(config),
@@ -327,7 +328,12 @@ class Consolidate:
         made = consolidation.network(shared, len(opened.manifest.classes), opened.model)
         identity = restore.identity(shared, opened.manifest)
         written = consolidation.write(
-            opened.directory, shared, made, identity, step=opened.step, angle=angle
+            opened.directory,
+            shared,
+            made,
+            identity,
+            progress=opened.checkpoint.load("rank-00000")["progress"],
+            angle=angle,
         )
         (before, _), *_ = Evaluate(self.run, quiet=self.quiet)()
         (after, _), *_ = Evaluate(written.path, quiet=self.quiet)()

@@ -98,7 +98,10 @@ def draw(
                     angles="xy",
                     scale_units="xy",
                     scale=1,
-                    width=0.002,
+                    width=0.0018,
+                    headwidth=6,
+                    headlength=7,
+                    headaxislength=6,
                     color=colour,
                     alpha=0.6,
                 )

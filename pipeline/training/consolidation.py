@@ -78,13 +78,14 @@ def write(
     model: Network,
     identity: Mapping[str, Any],
     *,
-    step: int,
+    progress: Mapping[str, Any],
     angle: float,
 ) -> RunDirectory:
     """A run directory of the consolidated network, in place of an earlier one.
 
-    `step` and `angle`, degrees, are those of the network it was made of.
+    `progress` and `angle`, degrees, are those of the network it was made of.
     """
+    step = progress["step"]
     aside = RunDirectory(run.consolidated.path.with_name(".consolidated.partial"))
     shutil.rmtree(aside.path, ignore_errors=True)
     aside.checkpoints.mkdir(parents=True)
@@ -93,7 +94,7 @@ def write(
     write_atomically(aside.consolidation, json.dumps(record).encode())
     weights: dict[str, Tensor] = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     states = {"model": weights, "identity": {**identity, "config": config.flat()}}
-    CheckpointStore(aside.checkpoints, World(), 1).save(step, states, {})
+    CheckpointStore(aside.checkpoints, World(), 1).save(step, states, {"progress": progress})
     save_file(weights, aside.weights, metadata={"step": str(step)})
     shutil.rmtree(run.consolidated.path, ignore_errors=True)
     aside.path.rename(run.consolidated.path)

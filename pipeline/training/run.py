@@ -249,7 +249,14 @@ def _consolidate(
         made = consolidation.network(config, len(manifest.classes), model)
     if world.is_main:
         angle = consolidation.angle_of(model)
-        consolidation.write(directory, config, made, trainer.identity, step=step, angle=angle)
+        consolidation.write(
+            directory,
+            config,
+            made,
+            trainer.identity,
+            progress=trainer.progress.state_dict(),
+            angle=angle,
+        )
     evaluate.of(made, directory.consolidated)(step)
     if world.is_main:
         before, _ = evaluation.load(directory.evaluation_of(manifest))

@@ -159,7 +159,7 @@ def test_a_run_pulls_logs_angles_and_consolidates(
 
     page = RunDirectory(run).report.read_text()
     assert "Largest angle between the weights of each tied set" in page
-    assert f"{100 * summary.results['top1']:.2f} %, after" in " ".join(page.split())
+    assert f"{100 * summary.results['top1']:.2f} % top-1 accuracy after" in " ".join(page.split())
     assert re.search(r"parameters, consolidated; \d+,\d+ in training", page)
     assert report.write(made).read_text()
 
