@@ -360,6 +360,7 @@ def _setup(profile: Profile, folder: Path) -> list[str]:
     """Shell lines before the ranks: the profile's, and the snapshot before the installed code."""
     cpus, code = profile.cpus_per_gpu, shlex.quote(str(folder.resolve() / "code"))
     lines = [
+        f"unset {' '.join(scheduler.LAUNCHERS)}",
         *profile.setup,
         *(f"export {name}={shlex.quote(text)}" for name, text in profile.environment.items()),
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
