@@ -108,5 +108,5 @@ def test_the_time_limit(submit: Submit) -> None:
     cancelled = reprise("cancel", "run", cwd=run.run.parent)
     assert cancelled.returncode == 0, cancelled.stderr
     run.until(lambda: not jobs_of(run.run.parent), "the job has ended")
-    assert run.state.startswith("CANCELLED")
+    run.until(lambda: run.state.startswith("CANCELLED"), "the accounting knows")
     assert run.restarts == 1
