@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 WAIT_SECONDS = 60  # for an answer of a busy controller
+# What ranks were told that a shell started before: those of a job must not take it for theirs.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED")
 
 
@@ -54,8 +57,9 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
     Raises:
         ValueError: it failed; the message is what it said.
     """
+    kept = {name: text for name, text in os.environ.items() if name not in LAUNCHERS}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=wait)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=wait, env=kept)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{command[0]} did not answer within {wait} s: try again when the scheduler is "

@@ -245,16 +245,18 @@ def snapshot(folder: Path) -> None:
         )
 
 
-def announce(run: Path) -> None:
+def announce(run: Path) -> bool:
     """Create the MLflow run, or all of a sweep; a server that is down gets them from the jobs."""
     from pipeline import tracking
 
-    if not tracking.announce(run, TRACKING_SECONDS):
-        log.warning(
-            "the tracking server does not answer: training keeps its journal, and the MLflow run "
-            "of %s is created when it does",
-            run,
-        )
+    if tracking.announce(run, TRACKING_SECONDS):
+        return True
+    log.warning(
+        "the tracking server does not answer: training keeps its journal, and the MLflow run of %s "
+        "is created when it does",
+        run,
+    )
+    return False
 
 
 def queue(
@@ -358,6 +360,7 @@ def _setup(profile: Profile, folder: Path) -> list[str]:
     """Shell lines before the ranks: the profile's, and the snapshot before the installed code."""
     cpus, code = profile.cpus_per_gpu, shlex.quote(str(folder.resolve() / "code"))
     lines = [
+        f"unset {' '.join(scheduler.LAUNCHERS)}",
         *profile.setup,
         *(f"export {name}={shlex.quote(text)}" for name, text in profile.environment.items()),
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",

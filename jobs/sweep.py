@@ -52,6 +52,8 @@ def start(
     Raises:
         ValueError: as `submit.submit`, for any member; then none is queued.
     """
+    from pipeline import tracking
+
     if request.profile.is_local:
         raise ConfigError(
             "a sweep needs a scheduler: give --cluster with a cluster's name, or start the "
@@ -69,7 +71,8 @@ def start(
         for run, config in runs.items():
             stack.enter_context(submit.made(config, run, folder))
         submit.snapshot(folder / "code")
-        submit.announce(folder)
+        if submit.announce(folder):
+            tracking.replay(folder, submit.TRACKING_SECONDS)  # the end of the parent
         try:
             left = iter(runs.items())
             while chunk := dict(itertools.islice(left, largest)):

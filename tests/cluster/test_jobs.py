@@ -14,7 +14,7 @@ import pytest
 
 from jobs.record import SAME_STEP, Job
 from pipeline import tracking
-from tests.cluster.conftest import TWO_NODES, Submitted, reprise, slurm
+from tests.cluster.conftest import TWO_NODES, Submitted, jobs_of, reprise, slurm
 from tests.conftest import ROOT
 from tests.training.conftest import Trace, trace
 
@@ -47,7 +47,7 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
         assert f"{run.job.id} on lab" in row(run)
         cancelled = reprise("cancel", "run", "--runs", ".", cwd=folder)
         assert cancelled.returncode == 0, cancelled.stderr
-        run.until(lambda: run.state.startswith("CANCELLED"), "the job is cancelled")
+        run.until(lambda: not jobs_of(folder), "the job has ended")
         assert "cancelled" in row(run)
         resumed = reprise("resume", "run", "--runs", ".", "--nodes", nodes, cwd=folder)
         assert resumed.returncode == 0, resumed.stderr

@@ -309,6 +309,9 @@ def test_a_sweep_is_announced_before_its_members_start(tmp_path):
     parent = runs.pop("sweep").info.run_id
     assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [parent, parent]
     assert Identity.load(sweep / "a").run_id == runs["a"].info.run_id
+    assert replay(sweep, 60)  # the parent is over, its members are not
+    states = {run.info.run_name: run.info.status for run in Store(uri).runs()}
+    assert states == {"sweep": "FINISHED", "a": "SCHEDULED", "b": "SCHEDULED"}
 
 
 def test_a_member_finds_or_makes_its_parent_where_nobody_was_told(tmp_path):
