@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.record import SAME_STEP, Job
+from jobs.record import SAME_STEP, Job, newest_step
 from pipeline import tracking
 from tests.cluster.conftest import TWO_NODES, Submitted, jobs_of, reprise, slurm
 from tests.conftest import ROOT
@@ -41,8 +41,9 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
     run's in every ten steps, where nothing is random and the norms see the whole batch."""
     run = submit(*ALIKE)
     folder = run.run.parent
-    for step, nodes in ((SOON, 1), (2 * SOON, 2)):
-        run.reached(step)
+    for starts, nodes in enumerate((1, 2)):
+        run.until(lambda starts=starts: run.resumed == starts, "the run goes on")
+        run.reached(newest_step(run.run) + SOON)
         assert "running" in row(run)
         assert f"{run.job.id} on lab" in row(run)
         cancelled = reprise("cancel", "run", "--runs", ".", cwd=folder)
