@@ -81,7 +81,7 @@ def test_the_settings_are_the_papers(name: str) -> None:
     # 204,800 patches an epoch of the 400 images: 1,600 batches.
     batches = BatchPlan(400, 128, 1, 0, 1, 0, (400,), config.data.repeats)
     assert batches.steps_per_epoch == 1600
-    rate = factor(config.schedule, 1600, 50)
+    rate = factor(config.schedule, 1600, 1600 * 50)
     rates = [0.1 * rate(1600 * epoch) for epoch in range(50)]
     assert rates[0] == 0.1
     assert rates[-1] == pytest.approx(1e-4)

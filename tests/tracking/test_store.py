@@ -124,7 +124,7 @@ CRASH = """
             return whole(self, run_dir)
         os._exit(9)
     getattr(journal, sys.argv[2]).save = save
-    sender.main(pathlib.Path(sys.argv[1]), os.getppid(), follow=False)
+    sender.main(pathlib.Path(sys.argv[1]), os.getppid(), "replay")
 """
 
 
