@@ -15,7 +15,7 @@ from typing import Any
 from jobs.cli import main
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointStore
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, Verdict
 
 
 def _send(number: signal.Signals) -> None:
@@ -67,8 +67,8 @@ def stop_thrice(step: int) -> None:
     """SIGUSR2 twice in a step, and once more while the checkpoint that it asks for is written."""
     after_update, save = Trainer._after_update, CheckpointStore.save
 
-    def asked(self: Trainer) -> None:
-        after_update(self)
+    def asked(self: Trainer, verdict: Verdict) -> None:
+        after_update(self, verdict)
         if self.progress.step == step:
             _send(signal.SIGUSR2)
             _send(signal.SIGUSR2)
