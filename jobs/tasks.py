@@ -411,7 +411,8 @@ class Trajectories:
             for (level, drift), plane in projected.items()
         }
         trajectories.save(folder / "trajectories.npz", named | {"labels": labels})
-        trajectories.draw(folder / "trajectories.png", projected, labels)
+        classes = opened.manifest.classes
+        trajectories.draw(folder / "trajectories.png", projected, labels, classes)
         return folder / "trajectories.png"
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,21 @@ def save(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
 
 
 def draw(
-    path: Path, projected: dict[tuple[int, bool], Floats], labels: npt.NDArray[np.int64]
+    path: Path,
+    projected: dict[tuple[int, bool], Floats],
+    labels: npt.NDArray[np.int64],
+    classes: Sequence[str],
 ) -> None:
-    """A column for each level; the upper row with the drift, the lower without."""
+    """A column for each level; the upper row with the drift, the lower without.
+
+    More classes than there are colours share them, and then the picture has no legend.
+    """
     import matplotlib
 
     colours = matplotlib.colormaps["tab10" if labels.max() < 10 else "tab20"]
     numbers = sorted({level for level, _ in projected})
     with saving(path, rows=2, columns=len(numbers), width=4 * len(numbers), height=7.4) as (
-        _,
+        figure,
         panels,
     ):
         for (level, drift), tracks in projected.items():
@@ -109,3 +115,8 @@ def draw(
             axes.set(title=f"level {level}, {'with' if drift else 'without'} the drift")
             axes.set(xticks=[], yticks=[])
             axes.autoscale_view()
+        if labels.max() < colours.N:
+            for label in sorted(set(labels.tolist())):
+                dot = {"linestyle": "", "marker": ".", "color": colours(label)}
+                panels[0][0].plot([], [], label=classes[label], **dot)
+            figure.legend(loc="outside lower left", ncols=10)
