@@ -158,7 +158,7 @@ def digits() -> Config:
         data=Data(path=Path("data/digits"), augment=Augmentation(crop="pad", padding=2, size=32)),
         optimizer=Optimizer(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=Schedule(name="one_cycle"),
-        train=Train(epochs=16, batch_size=64, evaluate_every=2),
+        train=Train(epochs=8, batch_size=64),
     )
 
 
