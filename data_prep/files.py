@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises OSError where the disk refuses; nothing is left aside then.
     """
-    # The process id keeps two writers of one file apart.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = name_aside(path)
     try:
         with aside.open("wb") as file:
             file.write(data)
@@ -24,6 +24,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def name_aside(path: Path) -> Path:
+    """Where to write what is to be ``path``: host and process keep two writers of it apart."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def sync(path: Path) -> None:

@@ -79,6 +79,11 @@ class Record:
     rejected: list[Rejection] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
 
+    @property
+    def packed(self) -> Packed:
+        """What packing it did, for whoever watches."""
+        return Packed(len(self.marks), self.bytes_read, len(self.rejected))
+
     def save(self, path: Path) -> None:
         content = {
             **self.__dict__,
@@ -99,7 +104,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Packed:
-    """What one call did, for whoever watches."""
+    """What packing one shard did, for whoever watches."""
 
     images: int
     bytes: int
@@ -116,10 +121,9 @@ class PackShard:
     treatment: Treatment
 
     def __call__(self, shard: ShardPlan) -> Packed:
-        items = load_items(self.work.plan, shard)
-        record = self._pack(shard, items)
+        record = self._pack(shard, load_items(self.work.plan, shard))
         record.save(self.work.record(shard))
-        return Packed(len(items), record.bytes_read, len(record.rejected))
+        return record.packed
 
     def _pack(self, shard: ShardPlan, items: list[Item]) -> Record:
         record = Record(None, Facts([0] * self.classes))

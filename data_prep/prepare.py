@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from data_prep.manifest import (
     Shard,
     Split,
 )
-from data_prep.pack import PackShard, PackShards, Record, Work
+from data_prep.pack import Packed, PackShard, PackShards, Record, Work
 from data_prep.plan import Plan, plan
 
 SAMPLES_PER_SHARD = 2048
@@ -64,13 +64,15 @@ def prepare(
     treatment: Treatment = AS_FOUND,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    pack: Callable[[PackShards], Iterable[Packed]] = PackShards.run,
 ) -> Manifest:
     """Turn ``source`` into a shard set at ``out`` and return its manifest.
 
     The same source, seed, shard size and treatment give the same bytes for any number of
     ``workers`` (None: all cores) and after any interruption: a call after one goes on with the
     shards that are not finished. Where the set is already there, nothing is done. ``shard_bytes``
-    takes the place of ``samples_per_shard``.
+    takes the place of ``samples_per_shard``. ``pack`` has the shards packed and tells of each,
+    where processes of this machine are not to do it.
 
     Raises ValueError or FileNotFoundError for a source that cannot be used, one that has changed
     since an interrupted preparation, and an ``out`` that holds something else.
@@ -104,8 +106,8 @@ def prepare(
                 logger.info("%s is already prepared: nothing to do", out)
                 return finished
             shards = _begin(work, listing, settings)
-            pack = PackShard(work, listing.reader, len(listing.classes), treatment)
-            _pack(PackShards(pack, 0, shards, workers), progress)
+            one = PackShard(work, listing.reader, len(listing.classes), treatment)
+            _pack(PackShards(one, 0, shards, workers), pack, progress)
             finish(work, listing, settings)
             _publish(work, out)
         return Manifest.load(out)
@@ -196,15 +198,19 @@ def _refuse_other_plan(out: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
-def _pack(pack: PackShards, progress: Callable[[Progress], None] | None) -> None:
-    planned = Plan.load(pack.pack.work.plan)
-    left = pack.unfinished(planned)
-    _refuse_full_disk(pack, sum(planned.bytes_of(shard) for shard in left))
+def _pack(
+    all_shards: PackShards,
+    pack: Callable[[PackShards], Iterable[Packed]],
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    planned = Plan.load(all_shards.pack.work.plan)
+    left = all_shards.unfinished(planned)
+    _refuse_full_disk(all_shards, sum(planned.bytes_of(shard) for shard in left))
     total = len(planned.items)
     done = Progress(total - sum(shard.samples for shard in left), total, 0, 0)
     if progress:
         progress(done)
-    for packed in pack.run():
+    for packed in pack(all_shards):
         done = Progress(
             done.images + packed.images,
             done.total,
@@ -234,7 +240,8 @@ def _recover(out: Path) -> None:
 def _publish(work: Work, out: Path) -> None:
     """Move the complete set in, its manifest last; can be repeated from any point."""
     if work.set.exists():
-        names = sorted(path.name for path in work.set.iterdir() if path.name != MANIFEST_NAME)
+        # What a job writes that outlived its preparation is hidden, and no part of the set.
+        names = sorted(path.name for path in work.set.glob("[!.]*") if path.name != MANIFEST_NAME)
         for name in names:
             (work.set / name).replace(out / name)
         sync(out)

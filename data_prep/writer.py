@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from data_prep.files import write_atomically
+from data_prep.files import name_aside, write_atomically
 from data_prep.manifest import Shard
 
 INDEX_VERSION = "v1.2"
@@ -28,8 +28,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, stem: str) -> None:
         self._path = folder / f"{stem}.tar"
-        # The process id keeps a worker that outlives its parent out of the next one's files.
-        self._aside = folder / f".{stem}.tar.{os.getpid()}.partial"
+        # A worker that outlives its parent is kept out of the next one's files.
+        self._aside = name_aside(self._path)
         self._file = _HashedFile(self._aside.open("wb"))
         self._lines: list[str] = []
 

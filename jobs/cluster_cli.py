@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-QUIET = click.option("--quiet", is_flag=True, help="Warnings, errors and results only.")
+from jobs.options import FOLDER, QUIET
+
 CLUSTER = click.option(
     "--cluster", metavar="NAME", help="A profile; default: this machine, where it has no SLURM."
 )

@@ -96,7 +96,7 @@ def check(config: Config, run: Path, request: Request) -> Plan:
     if config.init_from and not RunDirectory(run).exists:
         start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
     tracking.store_uri()
-    _check_shared(request.profile, run, config.data.path)
+    check_shared(request.profile, run, config.data.path)
     _check_disk(planned, run)
     return planned
 
@@ -122,7 +122,7 @@ def _check_request(request: Request) -> None:
         )
 
 
-def _check_shared(profile: Profile, *paths: Path) -> None:
+def check_shared(profile: Profile, *paths: Path) -> None:
     if profile.shared is None:
         return
     for path in (*paths, Path(sys.prefix)):
@@ -328,10 +328,25 @@ def sbatch_text(request: Request, runs: list[Path], folder: Path) -> str:
 
 
 def parameters(request: Request, runs: list[Path], folder: Path) -> dict[str, Any]:
-    """submitit's names for what is asked of SLURM."""
+    """submitit's names for what is asked of SLURM to train."""
+    wanted = common_parameters(request, folder)
+    return wanted | {
+        "job_name": "reprise",
+        # The others end with a rank that was killed; the last lines decide what comes next.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "setup": [*wanted["setup"], "trap : TERM  # let the last lines run"],
+        "teardown": [
+            shlex.join([sys.executable, "-m", "jobs.supervise"])
+            + ' "$?" '
+            + shlex.join(str(run.resolve()) for run in runs)
+        ],
+    }
+
+
+def common_parameters(request: Request, folder: Path) -> dict[str, Any]:
+    """submitit's names for what is asked of SLURM, whatever is done there."""
     profile = request.profile
     wanted = {
-        "job_name": "reprise",
         "time": request.minutes,
         "nodes": request.nodes,
         "ntasks_per_node": request.ranks_per_node,
@@ -343,14 +358,7 @@ def parameters(request: Request, runs: list[Path], folder: Path) -> dict[str, An
         "constraint": profile.constraint,
         "signal_delay_s": profile.signal_delay_s,
         "stderr_to_stdout": True,
-        # The others end with a rank that was killed; the last lines decide what comes next.
-        "srun_args": ["--kill-on-bad-exit=1"],
-        "setup": [*_setup(profile, folder), "trap : TERM  # let the last lines run"],
-        "teardown": [
-            shlex.join([sys.executable, "-m", "jobs.supervise"])
-            + ' "$?" '
-            + shlex.join(str(run.resolve()) for run in runs)
-        ],
+        "setup": _setup(profile, folder),
         "additional_parameters": {"requeue": True, **profile.sbatch},
     }
     return {name: value for name, value in wanted.items() if value is not None}
