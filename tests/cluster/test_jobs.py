@@ -21,6 +21,9 @@ from tests.training.conftest import Trace, trace
 Submit = Callable[..., Submitted]
 SOON = 12
 ALIKE = ("model=resnet20", "model_options.sync_norm=true")
+LONG = ("train.epochs=40", "train.batch_size=32", "train.evaluate_every=40", "optimizer.lr=0.005")
+"""80 steps of twice the images: time enough for three commands while it trains; at a rate at which
+sums in another order do not grow into another loss (at 0.05 they do, to 9 % within 40 steps)."""
 
 
 def row(run: Submitted) -> str:
@@ -37,9 +40,9 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
-    """The global batch and its order stay, and with them the loss: to 5 % of the uninterrupted
+    """The global batch and its order stay, and with them the loss: to 2 % of the uninterrupted
     run's in every ten steps, where nothing is random and the norms see the whole batch."""
-    run = submit(*ALIKE)
+    run = submit(*ALIKE, *LONG)
     folder = run.run.parent
     for starts, nodes in enumerate((1, 2)):
         run.until(lambda starts=starts: run.resumed == starts, "the run goes on")
@@ -54,7 +57,7 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
         assert resumed.returncode == 0, resumed.stderr
     run.finished()
     assert "finished" in row(run)
-    assert "20.0 of 20" in row(run)
+    assert "40.0 of 40" in row(run)
     assert "resuming on 1 ranks what 2 saved" in run.log
     assert "resuming on 2 ranks what 1 saved" in run.log
     logged = reprise("logs", "run", "--runs", ".", "--rank", 1, "-f", cwd=folder)
@@ -62,14 +65,14 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
     refused = reprise("resume", "run", "--runs", ".", cwd=folder)
     assert refused.returncode == 2
     assert "has finished" in refused.stderr
-    alone = reprise("train", recipe, *ALIKE, "--nproc", 2, "--run", "whole", cwd=folder)
+    alone = reprise("train", recipe, *ALIKE, *LONG, "--nproc", 2, "--run", "whole", cwd=folder)
     assert alone.returncode == 0, alone.stderr
     ours, theirs = losses(run.run), losses(folder / "whole")
     assert len(ours) == len(theirs) == 80
     for first in range(1, 80, 10):
         window = range(first, first + 10)
         mean = sum(theirs[step] for step in window) / 10
-        assert abs(sum(ours[step] for step in window) / 10 - mean) < 0.05 * mean
+        assert abs(sum(ours[step] for step in window) / 10 - mean) < 0.02 * mean
 
 
 def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
