@@ -33,8 +33,10 @@ $(READY): requirements.lock pyproject.toml
 demo: setup
 	@$(BIN)/reprise demo --seed $(SEED)
 
+# What runs on a cluster has it to itself.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore tests/cluster --numprocesses logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest tests/cluster
 
 lint: setup
 	@$(BIN)/ruff check .
