@@ -161,8 +161,8 @@ def test_the_same_job_without_submitit(recipe: Path, whole: Trace, tmp_path: Pat
     """Stopped once on its way, as by a preemption."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     asked = subprocess.run(
-        ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", ROOT / "slurm/train.sbatch",
-         recipe, "--run", "run"],
+        ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", "--time=10", "--cpus-per-task=1",
+         ROOT / "slurm/train.sbatch", recipe, "--run", "run"],
         cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     job = Job("lab", asked.stdout.strip(), 2, 1, 10, "here")
