@@ -12,8 +12,8 @@ from jobs.record import Job, newest_step
 from jobs.submit import Request
 
 RECIPE = "drnn/digits/dr_resnet16"
-EPOCHS = 4
-STRIKE_AT = 10  # steps, of about 90
+EPOCHS = 2
+STRIKE_AT = 10  # steps, of about 45
 LOOK_SECONDS = 2.0
 
 
