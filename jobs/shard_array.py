@@ -114,7 +114,11 @@ def _packed(work: Work, shards: list[ShardPlan], array: _Array) -> Iterator[Pack
     """Tell of each shard once it is finished, until all are."""
     left, asked, ended = list(shards), time.monotonic(), 0.0
     while left:
-        finished = {shard for shard in left if work.is_finished(shard)}
+        # One listing, and not a question for each of thousands, of a file system that all share.
+        recorded = set(work.records.iterdir())
+        finished = {
+            shard for shard in left if work.record(shard) in recorded and work.is_finished(shard)
+        }
         for shard in finished:
             yield Record.load(work.record(shard)).packed
         left = [shard for shard in left if shard not in finished]
