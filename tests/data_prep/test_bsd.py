@@ -15,7 +15,7 @@ from data_prep.verify import verify
 def folder(bsd_tar, tmp_path):
     """The same images as a folder, without a leading one."""
     with tarfile.open(bsd_tar) as tar:
-        tar.extractall(tmp_path / "bsd", filter="data")
+        tar.extractall(tmp_path / "bsd")
     return tmp_path / "bsd" / "bsd-denoise"
 
 

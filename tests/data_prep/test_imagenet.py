@@ -84,7 +84,7 @@ def test_validation_is_in_order_with_the_labels_of_the_ground_truth(archives, tm
 
 def class_archives_in_a_folder(root):
     with tarfile.open(root / TRAIN_TAR) as tar:
-        tar.extractall(root / "train", filter="data")
+        tar.extractall(root / "train")
     (root / TRAIN_TAR).unlink()
 
 
@@ -92,13 +92,13 @@ def class_folders(root):
     class_archives_in_a_folder(root)
     for archive in sorted((root / "train").iterdir()):
         with tarfile.open(archive) as tar:
-            tar.extractall(archive.with_suffix(""), filter="data")
+            tar.extractall(archive.with_suffix(""))
         archive.unlink()
 
 
 def validation_files(root):
     with tarfile.open(root / VAL_TAR) as tar:
-        tar.extractall(root / "val", filter="data")
+        tar.extractall(root / "val")
     (root / VAL_TAR).unlink()
 
 
@@ -112,7 +112,7 @@ def validation_by_class(root):
 
 def unpacked_devkit(root):
     with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz") as tar:
-        tar.extractall(root, filter="data")
+        tar.extractall(root)
     (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
 
 

@@ -1,5 +1,6 @@
 """Submission without a cluster: what is asked of SLURM, what is refused before, and the end."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,8 @@ def test_the_batch_script(tmp_path: Path) -> None:
     """One task for each GPU; the ranks end with one that is lost; the supervisor comes last."""
     request = Request(EXAMPLE, nodes=2, gpus_per_node=8, minutes=24 * 60)
     text = submit.sbatch_text(request, [tmp_path / "run"], tmp_path / "run")
-    text = text.replace(str(tmp_path.resolve()), "FOLDER").replace(sys.executable, "PYTHON")
+    text = text.replace(str(tmp_path.resolve()), "FOLDER")
+    text = text.replace(shlex.quote(sys.executable), "PYTHON")
     assert text == GOLDEN.read_text()
 
 
