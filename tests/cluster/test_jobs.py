@@ -1,20 +1,21 @@
 """Jobs by the name of their run: listed, read, cancelled, resumed, swept, given up, drilled."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.record import SAME_STEP, Job, newest_step
 from pipeline import tracking
-from tests.cluster.conftest import TWO_NODES, Submitted, jobs_of, reprise, slurm
+from tests.cluster.conftest import PATIENCE, TWO_NODES, Submitted, jobs_of, reprise, slurm
 from tests.conftest import ROOT
 from tests.training.conftest import Trace, trace
 
@@ -93,32 +94,54 @@ def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
     assert "broken snapshot" in shown.stdout
 
 
-def test_a_tracking_server_that_comes_up_later_gets_everything_once(
-    submit: Submit,
+@contextlib.contextmanager
+def served(store: Path, port: int) -> Iterator[str]:
+    """A team's tracking server as a job of its own, which ends with the block; its address."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["sbatch", "--parsable", "--time=10", "--cpus-per-task=1", "--output=/dev/null"]
+    job = subprocess.run(
+        [*command, ROOT / "slurm/mlflow-server.sbatch", store, str(port)],
+        env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not answers(port):
+            assert time.monotonic() < deadline, "the tracking server does not come up"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        slurm("scancel", job)
+        while answers(port):
+            time.sleep(0.2)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("lost", ["before the submission", "in mid-run"])
+def test_a_tracking_server_that_comes_back_gets_everything_once(
+    submit: Submit, tmp_path: Path, lost: str
 ) -> None:
+    """It is away until the run has ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    run = submit("train.epochs=2", "train.evaluate_every=2", tracking=address)
+        port = free.getsockname()[1]
+    store, address = tmp_path / "store", f"http://127.0.0.1:{port}"
+    with served(store, port) if lost == "in mid-run" else contextlib.nullcontext():
+        run = submit(tracking=address)
+        run.reached(SOON)
     run.finished()
-    assert json.loads((run.run / "tracking.json").read_text())["run_id"] is None
-    database = run.run.parent / "server.db"
-    server = subprocess.Popen(
-        [*tracking.ui_command(f"sqlite:///{database}", int(address.rsplit(":", 1)[1]))],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+    known = json.loads((run.run / "tracking.json").read_text())["run_id"]
+    assert (known is None) == (lost == "before the submission")
+    with served(store, port):
         run.until(lambda: tracking.replay(run.run, timeout=20), "everything has arrived")
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-    with sqlite3.connect(database) as rows:
-        (runs,) = rows.execute("select count(*) from runs where status = 'FINISHED'").fetchone()
+    with sqlite3.connect(store / "mlflow.db") as rows:
+        runs = rows.execute("select status from runs").fetchall()
         points = rows.execute("select step from metrics where key = 'train/loss'").fetchall()
-    assert runs == 1
-    assert sorted(step for (step,) in points) == list(range(1, 9))
+    assert runs == [("FINISHED",)]
+    assert sorted(step for (step,) in points) == list(range(1, 81))
 
 
 def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_path: Path) -> None:
