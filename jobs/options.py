@@ -1,4 +1,4 @@
-"""Arguments and options that several commands of `reprise` have in common."""
+"""Types and options that several commands of `reprise` have in common."""
 
 from __future__ import annotations
 

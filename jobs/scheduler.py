@@ -55,11 +55,15 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
     """What a command of SLURM prints; `wait` seconds for it, None: as long as it takes.
 
     Raises:
-        ValueError: it failed; the message is what it said.
+        ValueError: it failed, and the message is what it said; or there is no such command.
     """
     kept = {name: text for name, text in os.environ.items() if name not in LAUNCHERS}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=wait, env=kept)
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no {command[0]} on this machine: call this on a node of a SLURM cluster"
+        ) from None
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{command[0]} did not answer within {wait} s: try again when the scheduler is "

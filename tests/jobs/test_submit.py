@@ -183,3 +183,11 @@ def test_the_same_command_without_slurm(recipe: Path, tmp_path: Path) -> None:
     assert len(list(run.glob("checkpoints/step-*/rank-*"))) == 2
     assert (run / "logs" / "rank-1.log").is_file()
     assert "finished" in command("runs", cwd=tmp_path)[1]
+
+
+def test_a_machine_without_a_scheduler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="there is no squeue on this machine"):
+        scheduler.ask("squeue")
