@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,6 +25,23 @@ from pipeline.training import optim
 from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Within, a package that is not loaded yet cannot be.
+
+    DeepSpeed's autotuner, which is not used here, loads MLflow where it can: half of the time that
+    a rank takes to start, and thousands of small files read by every rank of a cluster.
+    """
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
 
 
 def has_kernels(precision: str) -> bool:
@@ -42,8 +60,9 @@ class Engine:
         """Args:
         factor: of the learning rates, as a function of the optimizer step.
         """
-        import deepspeed
-        from deepspeed.runtime import torch_autocast
+        with _without("mlflow"):
+            import deepspeed
+            from deepspeed.runtime import torch_autocast
 
         # DeepSpeed notes in a global that an engine of this process uses autocast, and in which
         # precision: after one in fp16, ZeRO would scale the losses of every later engine, and its

@@ -1,5 +1,7 @@
 """What the engine makes of a batch: accumulation, clipping, precision, and a state of its own."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from pipeline.distributed import World
 from pipeline.models import Network, create_model
 from pipeline.models.norms import BatchNorm
 from pipeline.training.engine import Engine, LossScale
+from tests.conftest import ROOT
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 10
@@ -51,6 +54,17 @@ def step(engine: Engine, images: Tensor = IMAGES, labels: Tensor = LABELS) -> di
 
 def norm(changes: dict[str, Tensor]) -> float:
     return float(torch.stack([change.square().sum() for change in changes.values()]).sum().sqrt())
+
+
+def test_a_rank_does_not_load_mlflow_and_still_could() -> None:
+    program = (
+        "import sys; from tests.training.test_engine import engine; engine();"
+        "print('mlflow' in sys.modules, 'deepspeed' in sys.modules); import mlflow"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "False True\n"
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
