@@ -177,18 +177,18 @@ def by_steps(found: Sequence[Summary]) -> str:
 
 def models(pattern: str) -> str:
     """Every network with its cost at its own number of classes and image size."""
-    import torch
-
     from pipeline.models import create_model, list_models
     from pipeline.models.cost import measure
+    from pipeline.models.shapes import ShapesOnly
 
     names = list_models(pattern)
     if not names:
         raise ValueError(f"no network matches {pattern!r}: `reprise models` lists them all")
     rows: list[list[object]] = []
     for name in names:
-        with torch.device("meta"):
-            cost = measure(create_model(name))
+        with ShapesOnly():
+            model = create_model(name)
+        cost = measure(model)
         rows.append(
             [
                 name,

@@ -278,16 +278,16 @@ class Embed:
             ValueError: the network has no controllers.
         """
         import numpy as np
-        import torch
 
         from data_prep.files import write_atomically
         from pipeline.models import create_model
+        from pipeline.models.shapes import ShapesOnly
         from pipeline.run_directory import RunDirectory
         from pipeline.tasks.classification import Samples
 
         directory = RunDirectory(self.evaluate.run)
         config = directory.read_config()
-        with torch.device("meta"):
+        with ShapesOnly():
             pools = create_model(config.model, **config.model_options).pools
         if not pools:
             raise ValueError(

@@ -118,13 +118,12 @@ def _evaluations(directory: RunDirectory, notes: list[str]) -> list[Evaluation]:
 
 def _cost(config: Config, manifest: Manifest | None) -> Cost:
     """Costs of the network on shapes alone, so that no weights and no random numbers are drawn."""
-    import torch
-
     from pipeline.models import create_model
     from pipeline.models.cost import measure
+    from pipeline.models.shapes import ShapesOnly
 
     labelled = manifest if config.task == CLASSIFICATION else None
     classes = {"num_classes": len(labelled.classes)} if labelled else {}
-    with torch.device("meta"):
+    with ShapesOnly():
         model = create_model(config.model, **config.model_options, **classes)
     return measure(model, config.data.augment.size)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import Network
+from pipeline.models.shapes import ShapesOnly
 from pipeline.models.stage import RecursiveCell, Stage
 
 
@@ -41,7 +42,7 @@ def blocks(model: Network, level: int, size: int) -> list[Block]:
         raise ValueError(
             f"level {level}: this network has the levels 1 to {len(stages)}: give one of them"
         )
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to_empty(device="cpu").eval()
     cells = {
         name: cell
         for name, cell in shadow.named_modules()
@@ -54,8 +55,8 @@ def blocks(model: Network, level: int, size: int) -> list[Block]:
                 "shortcut; give a run of a residual network without gates"
             )
     shapes = watch(shadow, list(cells))
-    with torch.no_grad():
-        shadow(torch.empty(1, model.channels, size, size, device="meta"))
+    with ShapesOnly(), torch.no_grad():
+        shadow(torch.zeros(1, model.channels, size, size))
     found = [
         Block(name, step)
         for name, calls in shapes.items()

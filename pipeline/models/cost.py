@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.network import Network
+from pipeline.models.shapes import ShapesOnly
 from pipeline.models.sharing import surplus
 from pipeline.models.stage import RecursiveCell
 
@@ -108,7 +108,7 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
         ValueError: a number of steps that the network was not built for.
     """
     size = image_size or model.image_size
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to_empty(device="cpu").eval()
     recursive = {
         name: module
         for name, module in shadow.named_modules()
@@ -117,27 +117,23 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
     for cell in (*recursive.values(), *shadow.pools):
         # The loop itself in training mode: it then takes every step, whatever the gates say.
         cell.training = True
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        calls = {name: _count_calls(module.cell, counter) for name, module in recursive.items()}
+    with ShapesOnly() as shapes, torch.no_grad():
+        calls = {name: _count_calls(module.cell, shapes) for name, module in recursive.items()}
+        asked = {name: _count_calls(module.router, shapes) for name, module in recursive.items()}
+        always = {name: _count_always(module, shapes) for name, module in recursive.items()}
         units = {
-            f"{pool.name}.units.{number}": _count_calls(unit, counter)
+            f"{pool.name}.units.{number}": _count_calls(unit, shapes)
             for pool in shadow.pools
             for number, unit in enumerate(pool.units)
         }
-        shadow(torch.empty(1, model.channels, size, size, device="meta"), steps)
-    root = type(shadow).__name__
-    # Two floating-point operations are one multiply-add.
-    counted = {
-        name: sum(operations.values()) // 2
-        for name, operations in counter.get_flop_counts().items()
-    }
+        shadow(torch.zeros(1, model.channels, size, size), steps)
     cells = {
         name: CellCost(
             per_step=(
-                *(count - _always(counted, f"{root}.{name}", cell) for count in calls[name]),
+                *(count - sum(always[name]) for count in calls[name]),
                 *[0] * (cell.steps - len(calls[name])),
             ),
-            router=counted.get(f"{root}.{name}.router", 0) // cell.steps,
+            router=sum(asked[name]) // cell.steps,
             target=cell.router.target,
         )
         for name, cell in recursive.items()
@@ -148,7 +144,7 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
     folded = surplus(shadow.tied_sets())
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()) - folded,
-        fixed=counted["Global"] - looped,
+        fixed=shapes.multiply_adds - looped,
         cells=cells,
         surplus=folded,
     )
@@ -163,22 +159,23 @@ def measure_choices(model: Network, image_size: int | None = None) -> dict[int |
     return {steps: measure(model, image_size, steps) for steps in choices}
 
 
-def _count_calls(cell: nn.Module, counter: FlopCounterMode) -> list[int]:
-    """A list that will hold the multiply-adds of each call of the cell, in order."""
+def _count_calls(module: nn.Module, shapes: ShapesOnly) -> list[int]:
+    """A list that will hold the multiply-adds of each call of the module, in order."""
     calls: list[int] = []
     before = [0]
 
     def enter(*_: object) -> None:
-        before[0] = counter.get_total_flops()
+        before[0] = shapes.multiply_adds
 
     def leave(*_: object) -> None:
-        calls.append((counter.get_total_flops() - before[0]) // 2)
+        calls.append(shapes.multiply_adds - before[0])
 
-    cell.register_forward_pre_hook(enter)
-    cell.register_forward_hook(leave)
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
     return calls
 
 
-def _always(counted: Mapping[str, int], name: str, cell: RecursiveCell) -> int:
-    """What skipped samples compute too: the projection beside a residual branch."""
-    return counted.get(f"{name}.cell.projection", 0) if cell.weighs == "branch" else 0
+def _count_always(cell: RecursiveCell, shapes: ShapesOnly) -> list[int]:
+    """The same of what skipped samples compute too: the projection beside a residual branch."""
+    projection = cell.cell.projection if cell.weighs == "branch" else None
+    return _count_calls(projection, shapes) if isinstance(projection, nn.Module) else []

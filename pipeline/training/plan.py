@@ -14,6 +14,7 @@ from pipeline.data import BatchPlan
 from pipeline.distributed import World
 from pipeline.models import Network, create_model, task_of
 from pipeline.models.cost import Cost, measure_choices
+from pipeline.models.shapes import ShapesOnly
 from pipeline.training import optim, phases, relaxation, steps
 
 STAGED = "REPRISE_STAGED"  # folders that hold copies of shards, looked into first
@@ -65,7 +66,7 @@ def plan(config: Config, world_size: int) -> Plan:
     config = optim.scaled(config)
     manifest = open_set(config.data.path)
     check_task(config, manifest)
-    with torch.device("meta"):  # shapes alone: no weights are drawn
+    with ShapesOnly():
         model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
     phases.check(model, config)
