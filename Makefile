@@ -35,7 +35,7 @@ demo: setup
 
 # What runs on a cluster has it to itself.
 test: setup
-	@$(BIN)/python -m pytest --ignore tests/cluster --numprocesses logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest --ignore tests/cluster --numprocesses logical --maxprocesses 4 --dist worksteal
 	@$(BIN)/python -m pytest tests/cluster
 
 lint: setup

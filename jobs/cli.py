@@ -12,6 +12,7 @@ import click
 from jobs import cluster_cli, data_cli
 from jobs.errors import Exit, guarded
 from jobs.options import ANY_PATH, FOLDER, QUIET
+from pipeline.loading import end_quickly, loading
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -48,12 +49,13 @@ def train(
     from jobs import stopping
 
     stopping.note()
-    from jobs import console, describe, tasks
-    from pipeline import recipes
-    from pipeline.config import ConfigError
-    from pipeline.distributed import World
-    from pipeline.run_directory import RunDirectory
-    from pipeline.training.plan import plan
+    with loading():
+        from jobs import console, describe, tasks
+        from pipeline import recipes
+        from pipeline.config import ConfigError
+        from pipeline.distributed import World
+        from pipeline.run_directory import RunDirectory
+        from pipeline.training.plan import plan
 
     console.configure(quiet)
     if (Path(recipe) / "config.yaml").is_file():
@@ -271,6 +273,7 @@ for command in (*data_cli.COMMANDS, *cluster_cli.COMMANDS):
 
 def main() -> None:
     """Entry point of `reprise`; exit status 2 and one line for what the user can mend."""
+    end_quickly()
     # Read when torch is loaded. OpenMP's threads spin at barriers by default, so that any other
     # work on the machine slows training down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from jobs import console, describe, stopping
 from jobs.errors import Exit, guarded
+from pipeline.loading import end_quickly, loading
 
 if TYPE_CHECKING:
     from data_prep.manifest import Manifest
@@ -44,14 +45,19 @@ class Train:
 
     def __call__(self) -> int:
         """The exit status: 0 finished, `Exit.INTERRUPTED` stopped with a checkpoint."""
+        end_quickly()
         with stopping.noted() as stop:
             return guarded(lambda: self._train(stop))
 
     def _train(self, stop: stopping.StopRequest) -> int:
-        from pipeline.distributed import World
-        from pipeline.run_directory import RunDirectory
-        from pipeline.training.run import run
-        from pipeline.training.trainer import Outcome
+        with loading():
+            from pipeline.distributed import World
+            from pipeline.run_directory import RunDirectory
+            from pipeline.training import engine
+            from pipeline.training.run import run
+            from pipeline.training.trainer import Outcome
+
+            engine.load()
 
         world = World.detect()
         # Nothing has begun, and no other rank waits for this one to agree.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pipeline.loading import loading
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Journal, Record, Sent
 from pipeline.tracking.outlet import METRICS_PER_CALL, Outlet, hopeless
@@ -180,7 +181,8 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
     os.nice(10)
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    import mlflow  # noqa: F401  before any thread: two at once can meet half-built modules
+    with loading():
+        import mlflow  # noqa: F401  before any thread: two at once can meet half-built modules
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above

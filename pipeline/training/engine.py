@@ -27,6 +27,13 @@ from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def load() -> None:
+    """Load what an engine needs and this module does not: seconds, better spent before all else."""
+    with _without("mlflow"):
+        import deepspeed  # noqa: F401
+    import torch._dynamo  # noqa: F401  which every optimizer loads
+
+
 @contextmanager
 def _without(package: str) -> Iterator[None]:
     """Within, a package that is not loaded yet cannot be.
@@ -60,9 +67,9 @@ class Engine:
         """Args:
         factor: of the learning rates, as a function of the optimizer step.
         """
-        with _without("mlflow"):
-            import deepspeed
-            from deepspeed.runtime import torch_autocast
+        load()
+        import deepspeed
+        from deepspeed.runtime import torch_autocast
 
         # DeepSpeed notes in a global that an engine of this process uses autocast, and in which
         # precision: after one in fp16, ZeRO would scale the losses of every later engine, and its

@@ -1,6 +1,7 @@
 """Jobs on the two-node lab: submitted as a person does, watched through SLURM and the run."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,13 @@ def reprise(
         text=True,
         timeout=PATIENCE,
     )
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path, database: Path) -> Path:
+    """A working folder in which a run was tracked before."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return tmp_path
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A recipe file on the tiny shard set, and one finished run of it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 3
 optimizer: {{lr: 0.05, nesterov: true, weight_decay: 5.0e-4}}
 train: {{epochs: 1, batch_size: 16}}
 """
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path, database: Path) -> Path:
+    """A working folder in which a run was tracked before."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     assert line.startswith("error: ")
     for word in words:
         assert word in line
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_
     assert rows["gate"][2:] == ["0.025", "0.0005"]
     assert rows["shared"][2:] == rows["norm"][2:] == ["0.05", "0.0005"]
     assert "1 epochs of 4 steps, batch 16, fp32, ZeRO 0" in answer.out
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     _, separator, text = answer.out.partition("name: tiny\n")
     (tmp_path / "again.yaml").write_text(separator + text)
     assert reprise("train", "again.yaml", "--dry-run").out == answer.out
@@ -155,7 +155,8 @@ def test_a_folder_with_other_files_is_not_taken(recipe: Path, tmp_path: Path) ->
     answer = command.reprise("train", recipe, "--run", "mine", "--quiet", cwd=tmp_path)
     assert answer.returncode == 2
     assert answer.stderr == "error: mine holds other files: give another --run folder\n"
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "mlflow.db"}
 
 
 def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:

@@ -15,14 +15,6 @@ from stores import Store, free_port, senders, wait_for
 from pipeline.tracking import Tracker
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    """A sqlite file with MLflow's tables: to make them takes seconds, to copy them none."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    Store(f"sqlite:///{path}").runs()
-    return path
-
-
 @pytest.fixture
 def store(database, tmp_path, monkeypatch):
     """An own sqlite store in the working folder, as a user has it."""

@@ -1,6 +1,7 @@
 """Runs of a tiny network on the tiny shard set."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,9 @@ class Tiny:
 
 
 @pytest.fixture
-def tiny(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tiny:
-    monkeypatch.chdir(tmp_path)  # the tracking store is made in the working folder
+def tiny(shards: Path, database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tiny:
+    monkeypatch.chdir(tmp_path)  # where the tracking store is
+    shutil.copy(database, tmp_path / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Tiny(shards)
 
