@@ -173,7 +173,7 @@ def drill(cluster: str | None, nodes: int, gpus_per_node: int, folder: Path, qui
     """Prove on a cluster that a preempted job is queued again and loses nothing.
 
     A small network trains twice on handwritten digits, once with the signal of a preemption; both
-    must end with the same weights.
+    must have the same weights at the same step.
     """
     from jobs import clusters, console, submit
     from jobs import drill as proof

@@ -59,7 +59,12 @@ class Job:
         return replace(self, failures=failures, stopped=reason)
 
 
-def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint directory, 0 without one; whether it is whole is not asked."""
+def saved_steps(run: Path) -> set[int]:
+    """Steps of the checkpoint directories; whether they are whole is not asked."""
     names = [path.name for path in (run / "checkpoints").glob("step-*")]
-    return max((int(found[1]) for name in names if (found := _STEP.fullmatch(name))), default=0)
+    return {int(found[1]) for name in names if (found := _STEP.fullmatch(name))}
+
+
+def newest_step(run: Path) -> int:
+    """The last of them, 0 without one."""
+    return max(saved_steps(run), default=0)

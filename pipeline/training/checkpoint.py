@@ -169,13 +169,18 @@ class CheckpointStore:
                     log.warning("cannot remove the old checkpoint %s: %s", path, error)
 
 
-def find(folder: Path, best: bool = False) -> Checkpoint:
+def find(folder: Path, best: bool = False, at: int | None = None) -> Checkpoint:
     """The newest (or best) whole checkpoint, for a reader: nothing in the folder is changed.
+
+    Args:
+        at: only the one of this step will do.
 
     Raises:
         CheckpointError: there is none.
     """
     complete = [c for path in _directories(folder) if (c := _describe(path))]
+    if at is not None:
+        complete = [c for c in complete if c.step == at]
     if best:
         complete = sorted((c for c in complete if c.score is not None), key=_rank)
     for checkpoint in reversed(complete):

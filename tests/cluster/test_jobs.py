@@ -36,8 +36,9 @@ def row(run: Submitted) -> str:
     return line
 
 
-def losses(run: Path) -> dict[int, float]:
-    return dict(tracking.history(run)["train/loss"])
+def history(run: Path) -> list[tuple[int, float]]:
+    """Every step of a run with its loss."""
+    return tracking.history(run)["train/loss"]
 
 
 def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
@@ -68,7 +69,7 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
     assert "has finished" in refused.stderr
     alone = reprise("train", recipe, *ALIKE, *LONG, "--nproc", 2, "--run", "whole", cwd=folder)
     assert alone.returncode == 0, alone.stderr
-    ours, theirs = losses(run.run), losses(folder / "whole")
+    ours, theirs = dict(history(run.run)), dict(history(folder / "whole"))
     assert len(ours) == len(theirs) == 80
     for first in range(1, 80, 10):
         window = range(first, first + 10)
@@ -120,28 +121,37 @@ def answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.parametrize("lost", ["before the submission", "in mid-run"])
-def test_a_tracking_server_that_comes_back_gets_everything_once(
-    submit: Submit, tmp_path: Path, lost: str
+def test_a_tracking_server_away_at_submission_in_mid_run_and_at_the_end(
+    submit: Submit, tmp_path: Path
 ) -> None:
-    """It is away until the run has ended."""
+    """Everything arrives, once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     store, address = tmp_path / "store", f"http://127.0.0.1:{port}"
-    with served(store, port) if lost == "in mid-run" else contextlib.nullcontext():
-        run = submit(tracking=address)
-        run.reached(SOON)
-    run.finished()
-    known = json.loads((run.run / "tracking.json").read_text())["run_id"]
-    assert (known is None) == (lost == "before the submission")
+    run = submit("train.epochs=9000", "train.evaluate_every=9000", tracking=address)
+    run.reached(SOON)
+    assert known_as(run) is None
+    with served(store, port):
+        run.until(lambda: known_as(run), "the server has heard of the run")
+    assert run.state == "RUNNING"
+    run.reached(newest_step(run.run) + SOON)
+    cancelled = reprise("cancel", "run", "--runs", ".", cwd=tmp_path)
+    assert cancelled.returncode == 0, cancelled.stderr
+    run.until(lambda: not jobs_of(tmp_path), "the job has ended")
     with served(store, port):
         run.until(lambda: tracking.replay(run.run, timeout=20), "everything has arrived")
     with sqlite3.connect(store / "mlflow.db") as rows:
         runs = rows.execute("select status from runs").fetchall()
         points = rows.execute("select step from metrics where key = 'train/loss'").fetchall()
-    assert runs == [("FINISHED",)]
-    assert sorted(step for (step,) in points) == list(range(1, 81))
+    assert runs == [("KILLED",)]
+    assert sorted(step for (step,) in points) == [step for step, _ in history(run.run)]
+    assert len(points) >= newest_step(run.run) > 2 * SOON
+
+
+def known_as(run: Submitted) -> str | None:
+    """The run's id at the tracking server."""
+    return json.loads((run.run / "tracking.json").read_text())["run_id"]
 
 
 def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_path: Path) -> None:
