@@ -8,33 +8,17 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
-from PIL import features
 
-from data_prep import card
-from data_prep.duplicates import duplicates
-from data_prep.facts import Facts
 from data_prep.files import sync, write_atomically
+from data_prep.finish import finish, refuse_empty, summarise
 from data_prep.images import AS_FOUND, Treatment
-from data_prep.listing import FolderReader, Listing, Rejection, Source
-from data_prep.manifest import (
-    DUPLICATES_NAME,
-    LOCK_NAME,
-    MANIFEST_NAME,
-    OWNER_NAME,
-    REJECTED_NAME,
-    TRAIN,
-    Manifest,
-    Shard,
-    Split,
-)
-from data_prep.pack import Packed, PackShard, PackShards, Record, Work
+from data_prep.listing import FolderReader, Listing, Source
+from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, Manifest
+from data_prep.pack import Packed, PackShard, PackShards, Work
 from data_prep.plan import Plan, plan
 
 SAMPLES_PER_SHARD = 2048
@@ -108,7 +92,7 @@ def prepare(
             shards = _begin(work, listing, settings)
             one = PackShard(work, listing.reader, len(listing.classes), treatment)
             _pack(PackShards(one, 0, shards, workers), pack, progress)
-            finish(work, listing, settings)
+            _finish(work, listing, settings)
             _publish(work, out)
         return Manifest.load(out)
 
@@ -168,7 +152,7 @@ def _begin(work: Work, listing: Listing, settings: dict[str, Any]) -> int:
             leftover.unlink()
         return len(Plan.load(work.plan).shards)
     if not listing.items:
-        _refuse_empty(listing, {}, listing.rejected)
+        refuse_empty(listing, {}, listing.rejected)
     planned = plan(
         listing.items,
         settings["seed"],
@@ -230,6 +214,16 @@ def _refuse_full_disk(pack: PackShards, needed: int) -> None:
         )
 
 
+def _finish(work: Work, listing: Listing, settings: dict[str, Any]) -> None:
+    summary = summarise(work, listing)
+    try:
+        refuse_empty(listing, summary.shards, summary.rejected)
+    except ValueError:
+        _discard(work)  # what was packed is no beginning of a set
+        raise
+    finish(work, listing, settings, summary)
+
+
 def _recover(out: Path) -> None:
     """Complete a set whose files were being moved in."""
     work = Work(out / _WORK_NAME)
@@ -284,139 +278,4 @@ def _refuse_other(finished: Manifest, settings: dict[str, Any]) -> None:
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise ValueError(
                 f"{path} is missing or cut: delete {finished.root} and prepare it again"
-            )
-
-
-def finish(work: Work, listing: Listing, settings: dict[str, Any]) -> None:
-    """Write what says of the packed shards that they are a set, the manifest last.
-
-    Raises ValueError where a split has no image; what was packed is removed then.
-    """
-    planned = Plan.load(work.plan)
-    summary = _summarise(work, listing, planned)
-    try:
-        _refuse_empty(listing, summary.shards, summary.rejected)
-    except ValueError:
-        _discard(work)
-        raise
-    _warn_of_gaps(listing, summary.parts)
-    _write_lines(
-        work.set / REJECTED_NAME,
-        [
-            {"origin": entry.origin, "split": entry.split, "reason": entry.reason}
-            for entry in summary.rejected
-        ],
-    )
-    doubles = [
-        {"origin": item.origin, "split": item.split, "same_as": [other.origin for other in others]}
-        for item, others in duplicates(planned, summary.marks, listing.reader)
-    ]
-    if doubles:
-        _write_lines(work.set / DUPLICATES_NAME, doubles)
-    manifest = _manifest(listing, settings, work.set, summary, len(doubles))
-    card.write(manifest, summary.total)
-    manifest.save()
-
-
-@dataclass
-class _Summary:
-    """All records together."""
-
-    total: Facts
-    parts: dict[str, Facts]
-    shards: dict[str, list[Shard]]
-    rejected: list[Rejection]
-    marks: npt.NDArray[np.uint64]
-    reencoded: int = 0
-
-
-def _summarise(work: Work, listing: Listing, planned: Plan) -> _Summary:
-    classes = len(listing.classes)
-    marks = np.zeros(len(planned.items), np.uint64)
-    summary = _Summary(Facts([0] * classes), {}, {}, list(listing.rejected), marks)
-    for shard in planned.shards:
-        record = Record.load(work.record(shard))
-        summary.total.add(record.facts)
-        summary.parts.setdefault(shard.split, Facts([0] * classes)).add(record.facts)
-        summary.shards.setdefault(shard.split, []).extend([record.shard] if record.shard else [])
-        summary.rejected += record.rejected
-        summary.reencoded += record.reencoded
-        marks[shard.first : shard.first + shard.samples] = record.marks
-    summary.rejected.sort(key=lambda entry: entry.origin)
-    return summary
-
-
-def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(entry) + "\n" for entry in entries]
-    write_atomically(path, "".join(lines).encode("ascii"))
-
-
-def _manifest(
-    listing: Listing,
-    settings: dict[str, Any],
-    folder: Path,
-    summary: _Summary,
-    doubles: int,
-) -> Manifest:
-    parts, shards = summary.parts, summary.shards
-    measured = TRAIN if TRAIN in parts else str(listing.evaluation_split)
-    mean, std = parts[measured].channel_statistics()
-    return Manifest(
-        root=folder,
-        name=listing.name,
-        classes=listing.classes,
-        splits={
-            name: Split(name, tuple(shards[name]), tuple(parts[name].counts))
-            for name in sorted(parts)
-        },
-        image_size=summary.total.image_size,
-        channel_mean=mean,
-        channel_std=std,
-        found=len(listing.items) + len(listing.rejected),
-        accepted=sum(summary.total.counts),
-        rejected=len(summary.rejected),
-        settings=settings,
-        tools={
-            "reprise": version("reprise"),
-            "numpy": version("numpy"),
-            "pillow": version("pillow"),
-            "simplejpeg": version("simplejpeg"),
-            "zlib": str(features.version("zlib")),
-        },
-        task=listing.task,
-        evaluation_split=listing.evaluation_split,
-        reencoded=summary.reencoded,
-        duplicates=doubles,
-        names=listing.names,
-    )
-
-
-def _refuse_empty(
-    listing: Listing, shards: dict[str, list[Shard]], rejected: list[Rejection]
-) -> None:
-    for split in sorted({listing.evaluation_split or TRAIN, *shards}):
-        if not shards.get(split):
-            reasons = [entry for entry in rejected if entry.split == split] or rejected
-            first = f", the first reason is {reasons[0].reason!r}" if reasons else ""
-            raise ValueError(
-                f"{listing.name} has no image for {split!r} that can be used "
-                f"({len(rejected)} rejected{first}): correct the source"
-            )
-
-
-def _warn_of_gaps(listing: Listing, parts: dict[str, Facts]) -> None:
-    if parts.keys() == {TRAIN}:
-        logger.warning("%s has no val or test: nothing to evaluate on", listing.name)
-    for split, facts in sorted(parts.items()):
-        empty = [
-            name for name, count in zip(listing.classes, facts.counts, strict=True) if not count
-        ]
-        if empty:
-            logger.warning(
-                "%s: %d of %d classes have no image in %s and keep their ids: %s",
-                listing.name,
-                len(empty),
-                len(listing.classes),
-                split,
-                ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else ""),
             )

@@ -122,10 +122,10 @@ def evaluate(
 
     A cost-adjustable network answers at each number of --steps that it was built for.
     """
-    from jobs import console, describe, tasks
+    from jobs import console, describe, trained
 
     console.configure(quiet)
-    results = tasks.Evaluate(run_dir, data, split, best, quiet, steps)()
+    results = trained.Evaluate(run_dir, data, split, best, quiet, steps)()
     summaries = [summary for summary, _ in results]
     click.echo(describe.by_steps(summaries) if steps else describe.summary(summaries[0]))
     for _, folder in results:
@@ -147,10 +147,10 @@ def embed(
     The file is a NumPy archive (npz) of the images' keys and labels, the route vectors and the
     names of their components: pool, iteration and unit.
     """
-    from jobs import console, tasks
+    from jobs import console, trained
 
     console.configure(quiet)
-    click.echo(tasks.Embed(tasks.Evaluate(run_dir, data, split, best, quiet), out)())
+    click.echo(trained.Embed(trained.Evaluate(run_dir, data, split, best, quiet), out)())
 
 
 @cli.command()
@@ -162,10 +162,10 @@ def consolidate(run_dir: Path, quiet: bool) -> None:
     Writes RUN/consolidated, a run directory of the network that shares its weights, and evaluates
     both. Training does the same when it ends.
     """
-    from jobs import console, describe, tasks
+    from jobs import console, describe, trained
 
     console.configure(quiet)
-    before, after, angle, made = tasks.Consolidate(run_dir, quiet)()
+    before, after, angle, made = trained.Consolidate(run_dir, quiet)()
     click.echo(describe.consolidation(before, after, angle))
     click.echo(f"consolidated: {made}")
 
@@ -184,10 +184,10 @@ def ablate(
     One after the other from the top and from the bottom, and one at a time: the figures and the
     picture are in RUN/ablation.
     """
-    from jobs import console, tasks
+    from jobs import console, trained
 
     console.configure(quiet)
-    click.echo(tasks.Ablate(run_dir, level, images, beside, quiet)())
+    click.echo(trained.Ablate(run_dir, level, images, beside, quiet)())
 
 
 @cli.command()
@@ -198,10 +198,10 @@ def trajectories(run_dir: Path) -> None:
     Principal components of what goes into and comes out of each block, with the drift that all
     images share and without: the points and the picture are in RUN/trajectories.
     """
-    from jobs import console, tasks
+    from jobs import console, trained
 
     console.configure(quiet=False)
-    click.echo(tasks.Trajectories(run_dir)())
+    click.echo(trained.Trajectories(run_dir)())
 
 
 @cli.command()
@@ -242,18 +242,18 @@ def recipes() -> None:
 @click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True)
 def ui(port: int, runs: Path) -> None:
     """Open MLflow's page on the store in use, after sending what is still in the runs' journals."""
-    from jobs import console, tasks
+    from jobs import console, mlflow_page
     from pipeline import tracking
 
     console.configure(quiet=False)
     uri = tracking.store_uri()
-    tasks.send_journals(runs)
+    mlflow_page.send_journals(runs)
     command = tracking.ui_command(uri, port)
     if command is None:
         click.echo(f"the runs are tracked by a server: open {uri}")
         return
     click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    raise click.exceptions.Exit(tasks.serve(command, port))
+    raise click.exceptions.Exit(mlflow_page.serve(command, port))
 
 
 @cli.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from jobs import console, describe, tasks
+from jobs import console, describe, tasks, trained
 
 
 def run(folder: Path, seed: int, quiet: bool) -> int:
@@ -30,7 +30,7 @@ def run(folder: Path, seed: int, quiet: bool) -> int:
     if code := tasks.Train(config, directory, quiet)():
         return code
     click.echo("3. evaluating")
-    ((summary, _),) = tasks.Evaluate(directory, quiet=quiet)()
+    ((summary, _),) = trained.Evaluate(directory, quiet=quiet)()
     page = report.write(RunDirectory(directory))
     click.echo(describe.summary(summary))
     click.echo(

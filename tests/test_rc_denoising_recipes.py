@@ -114,7 +114,7 @@ def test_a_short_recipe_gains_six_decibels(
     """R_3^1 on the real images, for a tenth of its training, on Set12."""
     from data_prep.prepare import prepare
     from data_prep.sources import open_source
-    from jobs.tasks import Evaluate
+    from jobs.trained import Evaluate
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

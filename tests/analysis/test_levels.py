@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs.tasks import Ablate, Trajectories
+from jobs.trained import Ablate, Trajectories
 from pipeline import config
 from pipeline.analysis import ablation, trajectories
 from pipeline.analysis.levels import Block, blocks

@@ -101,6 +101,30 @@ def test_a_member_that_fails_is_named_and_the_same_command_goes_on(
     assert content(tmp_path / "set") == expected
 
 
+def test_a_preempted_member_is_queued_again(
+    images: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One waits for the bytes of an image until a job of higher priority takes its node."""
+    aside, folder = tmp_path / "aside", (images / MISSING).parent
+    times = folder.stat()
+    with waiting(images, tmp_path) as call:
+        (images / MISSING).rename(aside)
+        os.mkfifo(images / MISSING)
+        slurm("scontrol", "update", "partition=low", "state=up")
+        until(lambda: len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 6)
+        until(lambda: len(jobs_of(tmp_path)) == 1)
+        (member,) = jobs_of(tmp_path)
+        slurm("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2",
+              "--output=/dev/null", "--wrap", "sleep 2")  # fmt: skip
+        until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", member))
+        (images / MISSING).unlink()
+        aside.rename(images / MISSING)
+        os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert call.stderr is not None
+    assert call.returncode == 0, call.stderr.read()
+    assert content(tmp_path / "set") == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_whoever_waits_is_ended(
     images: Path, expected: dict[str, bytes], tmp_path: Path, number: signal.Signals

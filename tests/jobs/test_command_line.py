@@ -347,10 +347,10 @@ def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_the_ui_asks_an_unreachable_store_once(tmp_path: Path, monkeypatch, caplog) -> None:
-    from jobs import tasks
+    from jobs import mlflow_page
     from pipeline.tracking import Tracker
 
-    monkeypatch.setattr(tasks, "REPLAY_SECONDS", 5.0)
+    monkeypatch.setattr(mlflow_page, "REPLAY_SECONDS", 5.0)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -359,7 +359,7 @@ def test_the_ui_asks_an_unreachable_store_once(tmp_path: Path, monkeypatch, capl
             tracker.metrics({"loss": 1.0}, 1)
             tracker._journal.close()
         with caplog.at_level(logging.WARNING):
-            tasks.send_journals(tmp_path)
+            mlflow_page.send_journals(tmp_path)
     assert "2 more runs" in caplog.text
     assert "run " + str(tmp_path / "a") in caplog.text
     assert "run " + str(tmp_path / "b") not in caplog.text

@@ -10,7 +10,8 @@ from data_prep.prepare import prepare
 from data_prep.sources import open_source
 from data_prep.sources.cifar10_1 import CLASSES, DATA, LABELS
 from jobs import describe
-from jobs.tasks import Embed, Evaluate, Train
+from jobs.tasks import Train
+from jobs.trained import Embed, Evaluate
 from pipeline import recipes
 from pipeline.analysis import report
 from pipeline.run_directory import RunDirectory

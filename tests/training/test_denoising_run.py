@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import describe
-from jobs.tasks import Evaluate
+from jobs.trained import Evaluate
 from pipeline import config
 from pipeline.analysis import report
 from pipeline.config import Config, ConfigError

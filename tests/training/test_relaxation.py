@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.tasks import Consolidate, Evaluate
+from jobs.trained import Consolidate, Evaluate
 from pipeline import config, tracking
 from pipeline.analysis import report
 from pipeline.config import ConfigError, Pull

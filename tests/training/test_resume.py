@@ -14,14 +14,14 @@ pytestmark = pytest.mark.usefixtures("journal_only")  # in this process; ranks o
 
 MID_EPOCH = 6  # of 12 steps, 4 an epoch
 
-# Some processors have no fast kernel for the backward pass of fp16 convolutions.
+# Some processors have no fast kernels for convolutions in half precision.
 SMALL = {"data.augment": "{crop: pad, size: 8}"}
 VARIANTS = {
     "fp32": {},
-    "bf16": {"train.precision": "bf16"},
+    "bf16": {"train.precision": "bf16", **SMALL},
     "fp16": {"train.precision": "fp16", "optimizer.lr": 0.01, **SMALL},
     "zero": {"train.zero_stage": 1},
-    "zero bf16": {"train.zero_stage": 1, "train.precision": "bf16"},
+    "zero bf16": {"train.zero_stage": 1, "train.precision": "bf16", **SMALL},
     "zero fp16": {
         "train.zero_stage": 1,
         "train.precision": "fp16",

@@ -1,0 +1,50 @@
+"""MLflow's page on the store in use, with everything that the runs still have to tell it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+REPLAY_SECONDS = 10.0  # for each run that is not wholly at the store yet
+
+
+def send_journals(runs: Path) -> None:
+    """Send what the runs' journals still hold; a store that cannot be reached is asked once."""
+    from pipeline import tracking
+
+    journals = sorted(runs.glob("*/journal.jsonl"))
+    for number, journal in enumerate(journals, start=1):
+        if not tracking.replay(journal.parent, timeout=REPLAY_SECONDS):
+            log.warning("%d more runs are not asked for what they hold", len(journals) - number)
+            return
+
+
+def serve(command: list[str], port: int) -> int:
+    """Run a server on a local port until it ends or Ctrl-C; no process of it is left.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    import psutil
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error}): give another --port") from None
+    server = psutil.Popen(command)
+    try:
+        return int(server.wait())
+    finally:
+        # Ctrl-C may have reached this process alone, and the server has processes of its own.
+        processes = [*server.children(recursive=True), server] if server.is_running() else []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, stubborn = psutil.wait_procs(processes, timeout=5)
+        for process in stubborn:
+            process.kill()
