@@ -84,10 +84,9 @@ def submit(
 @RUNS
 def runs(runs: Path) -> None:
     """List the runs: state, epoch, accuracy, time left, nodes and job."""
-    from jobs import describe
     from jobs import runs as all_runs
 
-    click.echo(describe.runs(all_runs.table(runs), runs))
+    click.echo(all_runs.shown(all_runs.table(runs), runs))
 
 
 @click.command()

@@ -20,12 +20,12 @@ from data_prep.manifest import (
 if TYPE_CHECKING:
     from data_prep.estimate import Estimate
     from data_prep.inspection import Inspection
-    from jobs.runs import Row
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
 
-def _table(rows: list[list[object]], headers: list[str]) -> str:
+def table_of(rows: list[list[object]], headers: list[str]) -> str:
+    """Aligned columns, the cells as they are."""
     return tabulate(rows, headers, tablefmt="simple", disable_numparse=True)
 
 
@@ -67,7 +67,7 @@ def plan(planned: Plan) -> str:
                 for steps, one in planned.costs.items()
                 if steps is not None
             ),
-            _table(rows, heads),
+            table_of(rows, heads),
         ]
     )
 
@@ -124,10 +124,10 @@ def inspected(found: Inspection) -> str:
         [sample.key, sample.extension, f"{width}x{height}", f"{len(sample.image):,}", name]
         for sample, (width, height), name in found.samples
     ]
-    lines = [_table(rows, ["key", "kind", "pixels", "bytes", "class"])]
+    lines = [table_of(rows, ["key", "kind", "pixels", "bytes", "class"])]
     for where, counts in found.counts.items():
         table: list[list[object]] = [[name, f"{count:,}"] for name, count in counts.items()]
-        lines += ["", f"{where}: {sum(counts.values()):,} images", _table(table, ["class", "n"])]
+        lines += ["", f"{where}: {sum(counts.values()):,} images", table_of(table, ["class", "n"])]
     return "\n".join(lines)
 
 
@@ -155,7 +155,7 @@ def consolidation(before: Summary, after: Summary, angle: float) -> str:
         [what, first, second]
         for (what, first), (_, second) in zip(before.rows, after.rows, strict=True)
     ]
-    table = _table(rows, ["", "before", "after"])
+    table = table_of(rows, ["", "before", "after"])
     return f"{table}\ntied weights were at most {angle:.3f} degrees apart"
 
 
@@ -171,7 +171,7 @@ def by_steps(found: Sequence[Summary]) -> str:
         for summary in found
     ]
     results = [name for name, _ in found[0].rows]
-    table = _table(rows, ["steps", *results, "multiply-adds", "images/s"])
+    table = table_of(rows, ["steps", *results, "multiply-adds", "images/s"])
     return f"{table}\n{found[0].samples:,} {found[0].split} images"
 
 
@@ -204,7 +204,7 @@ def models(pattern: str) -> str:
         "classes;\nImageNet: 224 pixels, 1,000 classes; denoising: 40 pixels). nominal: every step "
         "executed;\nexpected: gates at their target rate; maximal: every step and every gate."
     )
-    return f"{_table(rows, headers)}\n\n{note}"
+    return f"{table_of(rows, headers)}\n\n{note}"
 
 
 def recipes() -> str:
@@ -214,26 +214,7 @@ def recipes() -> str:
     rows: list[list[object]] = [
         [name, recipe.about, recipe.reported] for name, recipe in RECIPES.items()
     ]
-    return _table(rows, ["recipe", "what", "the paper's figure"])
-
-
-def runs(rows: Sequence[Row], folder: Path) -> str:
-    """Every run below a folder."""
-    if not rows:
-        return f"no runs below {folder}"
-    shown: list[list[object]] = [
-        [
-            row.run.relative_to(folder),
-            row.state,
-            f"{row.progress.epoch:.1f}" + (f" of {row.epochs}" if row.epochs else ""),
-            "" if row.progress.score is None else f"{row.progress.score:.4g}",
-            "" if row.progress.seconds_left is None else duration(row.progress.seconds_left),
-            row.nodes,
-            row.job,
-        ]
-        for row in rows
-    ]
-    return _table(shown, ["run", "state", "epoch", "score", "left", "nodes", "job"])
+    return table_of(rows, ["recipe", "what", "the paper's figure"])
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jobs import clusters, scheduler, submit
+from jobs.describe import duration, table_of
 from jobs.record import Job
 from jobs.scheduler import State
 from jobs.submit import Request
@@ -70,6 +71,25 @@ def table(runs: Path) -> list[Row]:
     jobs = {path: job for path in paths if (job := Job.load(path))}
     states = scheduler.states(job.id for job in jobs.values() if job.cluster != clusters.LOCAL)
     return [_row(path, jobs.get(path), states) for path in paths]
+
+
+def shown(rows: Sequence[Row], folder: Path) -> str:
+    """The runs below a folder, as a table."""
+    if not rows:
+        return f"no runs below {folder}"
+    cells: list[list[object]] = [
+        [
+            row.run.relative_to(folder),
+            row.state,
+            f"{row.progress.epoch:.1f}" + (f" of {row.epochs}" if row.epochs else ""),
+            "" if row.progress.score is None else f"{row.progress.score:.4g}",
+            "" if row.progress.seconds_left is None else duration(row.progress.seconds_left),
+            row.nodes,
+            row.job,
+        ]
+        for row in rows
+    ]
+    return table_of(cells, ["run", "state", "epoch", "score", "left", "nodes", "job"])
 
 
 def _row(run: Path, job: Job | None, states: dict[str, State]) -> Row:
