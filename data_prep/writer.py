@@ -5,6 +5,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from data_prep.files import name_aside, write_atomically
@@ -146,8 +147,9 @@ class _HashedFile:
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close without forcing anything to the disk."""
-        self._file.close()
+        """Close without forcing anything to the disk, which may not take even what there is."""
+        with suppress(OSError):
+            self._file.close()
 
     def close(self) -> None:
         os.fsync(self._file.fileno())

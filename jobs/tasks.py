@@ -43,19 +43,21 @@ class Train:
     def _train(self, stop: stopping.StopRequest) -> int:
         with loading():
             from pipeline.distributed import World
+
+            world = World.detect()
+            rank = world.rank
+            console.configure(self.quiet, rank=rank)  # libraries speak while they are loaded
+
             from pipeline.run_directory import RunDirectory
             from pipeline.training import engine
             from pipeline.training.run import run
             from pipeline.training.trainer import Outcome
 
-            engine.load()
+            engine.load(world)
 
-        world = World.detect()
         # Nothing has begun, and no other rank waits for this one to agree.
         if stop.asked and world.world_size == 1:
             return Exit.INTERRUPTED
-        rank = world.rank
-        console.configure(self.quiet, rank=rank)
         directory = RunDirectory(self.run)
         display = console.TrainingDisplay(console.wants_bar(self.quiet) and rank == 0)
 

@@ -65,8 +65,6 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        else:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.world_size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)

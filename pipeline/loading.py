@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within, no garbage is collected; what is there at its end is never looked at again."""
+    """Within, no garbage is collected.
+
+    What is there at its end is never looked at again, unless all modules had been loaded before.
+    """
+    before = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > before:
+            gc.freeze()
         gc.enable()
 
 
 def end_quickly() -> None:
     """Collect no garbage when this process ends."""
+    atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)

@@ -1,8 +1,10 @@
 """Nothing is collected while libraries load, and what they made is not looked at again."""
 
 import gc
+import io
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 from pipeline.loading import loading
 from tests.conftest import ROOT
@@ -20,6 +22,12 @@ def test_collecting_pauses_for_the_block_alone_and_spares_what_it_made() -> None
     try:
         with loading():
             assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == before  # nothing was loaded
+        sys.modules.pop("this", None)
+        with loading(), redirect_stdout(io.StringIO()):
+            import this  # noqa: F401
+
             kept = [[] for _ in range(1000)]
         assert gc.isenabled()
         assert gc.get_freeze_count() >= before + len(kept)

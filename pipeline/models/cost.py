@@ -99,7 +99,7 @@ class Cost:
 
 
 def measure(model: Network, image_size: int | None = None, steps: int | None = None) -> Cost:
-    """Count on shapes alone: nothing is computed, and the model is left as it is.
+    """Count on shapes alone: next to nothing is computed, and the model is left as it is.
 
     `image_size` is the side in pixels; None takes the one the network is meant for. `steps` is the
     number asked of a cost-adjustable network; None takes the largest.

@@ -91,6 +91,7 @@ _LAYERS: dict[Callable[..., Any], Callable[..., tuple[Any, int]]] = {
 _DRAWS = {
     Tensor.normal_,
     Tensor.uniform_,
+    Tensor.exponential_,
     nn.init.normal_,
     nn.init.uniform_,
     nn.init.kaiming_normal_,

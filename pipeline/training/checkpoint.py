@@ -188,9 +188,9 @@ def find(folder: Path, best: bool = False, at: int | None = None) -> Checkpoint:
             log.warning("checkpoint %s is damaged (%s): not used", checkpoint.path, damage)
         else:
             return checkpoint
+    kind = " with a score" if best else "" if at is None else f" of step {at}"
     raise CheckpointError(
-        f"{folder.parent} has no whole checkpoint{' with a score' if best else ''} yet: "
-        f"reprise train {folder.parent}"
+        f"{folder.parent} has no whole checkpoint{kind} yet: reprise train {folder.parent}"
     )
 
 

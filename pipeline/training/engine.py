@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,8 +28,11 @@ from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load() -> None:
+def load(world: World) -> None:
     """Load what an engine needs and this module does not: seconds, better spent before all else."""
+    if world.device.type == "cpu":
+        # Asked while it is loaded; left to itself it takes whatever device it finds, and says so.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with _without("mlflow"):
         import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401  which every optimizer loads
@@ -67,7 +71,7 @@ class Engine:
         """Args:
         factor: of the learning rates, as a function of the optimizer step.
         """
-        load()
+        load(world)
         import deepspeed
         from deepspeed.runtime import torch_autocast
 

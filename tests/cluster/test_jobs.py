@@ -214,6 +214,10 @@ def test_drill_and_doctor(tmp_path: Path) -> None:
     drilled = reprise("drill", *TWO_NODES[:2], "--quiet", cwd=tmp_path)
     assert drilled.returncode == 0, drilled.stderr
     assert "the same weights bit by bit" in drilled.stdout
+    deadline = time.monotonic() + PATIENCE
+    while jobs_of(tmp_path):
+        assert time.monotonic() < deadline, "the drill leaves jobs behind"
+        time.sleep(0.5)
     examined = reprise("doctor", *TWO_NODES[:2], "--data", "runs/drill/digits", cwd=tmp_path)
     assert examined.returncode == 0, examined.stdout + examined.stderr
     assert "2 ranks on" in examined.stdout or "4 ranks on" in examined.stdout

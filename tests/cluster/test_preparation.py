@@ -110,16 +110,17 @@ def test_a_preempted_member_is_queued_again(
     with waiting(images, tmp_path) as call:
         (images / MISSING).rename(aside)
         os.mkfifo(images / MISSING)
-        slurm("scontrol", "update", "partition=low", "state=up")
-        until(lambda: len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 6)
-        until(lambda: len(jobs_of(tmp_path)) == 1)
-        (member,) = jobs_of(tmp_path)
-        slurm("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2",
-              "--output=/dev/null", "--wrap", "sleep 2")  # fmt: skip
-        until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", member))
-        (images / MISSING).unlink()
-        aside.rename(images / MISSING)
-        os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+        try:
+            slurm("scontrol", "update", "partition=low", "state=up")
+            until(lambda: len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 6)
+            until(lambda: len(jobs_of(tmp_path)) == 1)
+            (member,) = jobs_of(tmp_path)
+            slurm("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2",
+                  "--output=/dev/null", "--wrap", "sleep 2")  # fmt: skip
+            until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", member))
+        finally:
+            aside.replace(images / MISSING)
+            os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert call.stderr is not None
     assert call.returncode == 0, call.stderr.read()
     assert content(tmp_path / "set") == expected

@@ -1,6 +1,7 @@
 """Shards and their indices, held to the tools that others read them with."""
 
 import hashlib
+import os
 import tarfile
 import zlib
 
@@ -41,6 +42,17 @@ def test_the_record_describes_the_files(shard, tmp_path):
 
 def test_equal_samples_give_equal_bytes(shard, tmp_path):
     write(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "set")
+
+
+def test_a_system_that_writes_less_than_it_is_asked_to_is_asked_again(shard, tmp_path, monkeypatch):
+    write_pieces = os.writev
+
+    def write_a_little(descriptor, pieces):
+        return write_pieces(descriptor, [b"".join(pieces)[:700]])
+
+    monkeypatch.setattr("data_prep.writer.os.writev", write_a_little)
+    assert write(tmp_path / "again") == shard
     assert contents(tmp_path / "again") == contents(tmp_path / "set")
 
 

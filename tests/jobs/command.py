@@ -1,7 +1,9 @@
 """`reprise` as a person starts it: a process of its own, in its own process group."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -56,6 +58,14 @@ def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]
     out, err = process.communicate(timeout=PATIENCE)
     until(lambda: not group(process.pid), "the process group is gone")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def assert_untouched(folder: Path) -> None:
+    """Nothing is in a working folder but the tracking store that was there, with nothing in it."""
+    assert [path.name for path in folder.iterdir()] == ["mlflow.db"]
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as rows:
+        assert rows.execute("select count(*) from runs").fetchone() == (0,)
+        assert rows.execute("select name from experiments").fetchall() == [("Default",)]
 
 
 def group(number: int) -> list[psutil.Process]:

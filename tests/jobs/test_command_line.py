@@ -22,7 +22,7 @@ from pipeline.models import list_models
 from pipeline.recipes import RECIPES
 from tests.data import shard_set
 from tests.jobs import command
-from tests.jobs.command import ended, started, until
+from tests.jobs.command import assert_untouched, ended, started, until
 
 HEAVY = ["torch", "deepspeed", "mlflow", "nvidia", "sklearn", "matplotlib", "numpy", "webdataset"]
 COMMANDS = sorted(cli.cli.commands)
@@ -122,7 +122,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     assert line.startswith("error: ")
     for word in words:
         assert word in line
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert_untouched(tmp_path)
 
 
 def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_
     assert rows["gate"][2:] == ["0.025", "0.0005"]
     assert rows["shared"][2:] == rows["norm"][2:] == ["0.05", "0.0005"]
     assert "1 epochs of 4 steps, batch 16, fp32, ZeRO 0" in answer.out
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert_untouched(tmp_path)
     _, separator, text = answer.out.partition("name: tiny\n")
     (tmp_path / "again.yaml").write_text(separator + text)
     assert reprise("train", "again.yaml", "--dry-run").out == answer.out
@@ -156,7 +156,8 @@ def test_a_folder_with_other_files_is_not_taken(recipe: Path, tmp_path: Path) ->
     assert answer.returncode == 2
     assert answer.stderr == "error: mine holds other files: give another --run folder\n"
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["thesis.tex"]
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "mlflow.db"}
+    shutil.rmtree(tmp_path / "mine")
+    assert_untouched(tmp_path)
 
 
 def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:

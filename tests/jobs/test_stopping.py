@@ -29,6 +29,7 @@ def test_one_rank_stops_with_a_checkpoint_and_resumes(recipe: Path, tmp_path: Pa
             os.killpg(process.pid, number)
             done = ended(process)
         assert done.returncode == 130
+        assert done.stdout == ""  # no library speaks beside the log
         assert "stopped with a checkpoint; resume with: reprise train run" in done.stderr
         assert "Traceback" not in done.stderr
         saved = checkpoints(run)

@@ -15,7 +15,7 @@ from jobs.submit import Request
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
 from tests.conftest import ROOT
-from tests.jobs.command import PATIENCE, start
+from tests.jobs.command import PATIENCE, assert_untouched, start
 
 GOLDEN = ROOT / "tests" / "golden" / "two_nodes.sbatch"
 EXAMPLE = clusters._read(ROOT / "slurm" / "clusters" / "example.yaml")
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_found_before_anything_is_made(
     config = configuration.build(values, [f"{key}={text}" for key, text in changes.items()])
     with pytest.raises((ValueError, OSError), match=words):
         submit.submit(config, tmp_path / "run", Request(profile, nodes, gpus, minutes))
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert_untouched(tmp_path)
 
 
 def test_a_full_disk_and_a_swapped_index_are_found_too(

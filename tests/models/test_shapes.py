@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import create_model, list_models
+from pipeline.models.cost import measure
 from pipeline.models.pool import Pool
+from pipeline.models.scorers import Scorer
 from pipeline.models.shapes import ShapesOnly
 from pipeline.models.stage import RecursiveCell
 from tests.conftest import ROOT
@@ -60,6 +62,14 @@ def test_nothing_is_drawn(name: str) -> None:
     before = torch.random.get_rng_state()
     with ShapesOnly():
         create_model(name)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_nothing_is_drawn_for_the_cost_of_a_network_that_draws_its_weights() -> None:
+    model = create_model("reset_1_1_5")
+    model.scorer = Scorer("gumbel", temperature=0.5)
+    before = torch.random.get_rng_state()
+    measure(model)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -251,11 +251,15 @@ def test_a_reader_finds_the_newest_or_the_best_and_changes_nothing(tmp_path: Pat
     (folder / ".partial-step-000000005").mkdir()
     assert find(folder).step == 4
     assert find(folder, best=True).step == 1
+    assert find(folder, at=2).step == 2
     flip_one_bit(folder / "step-000000004" / "model.safetensors")
     flip_one_bit(folder / "step-000000001" / "model.safetensors")
     before = sorted(path.name for path in folder.iterdir())
     assert find(folder).step == 3
     assert find(folder, best=True).step == 3
     assert sorted(path.name for path in folder.iterdir()) == before
+    for step in (4, 7):
+        with pytest.raises(CheckpointError, match=f"no whole checkpoint of step {step} yet"):
+            find(folder, at=step)
     with pytest.raises(CheckpointError, match=r"no whole checkpoint yet: reprise train"):
         find(tmp_path / "none" / "checkpoints")
