@@ -102,7 +102,11 @@ def _common(struck: Path, whole: Path, after: int) -> set[int]:
 
 def _wait(run: Path, job: Job, reached: Callable[[], object]) -> None:
     while not reached():
-        state = scheduler.states([job.id]).get(job.id)
+        try:
+            state = scheduler.states([job.id]).get(job.id)
+        except scheduler.Unreachable:
+            time.sleep(LOOK_SECONDS)
+            continue
         if state is None or not state.alive:
             # The last word of a job may come before the last of its files.
             time.sleep(LOOK_SECONDS)

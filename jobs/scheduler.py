@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 WAIT_SECONDS = 60  # for an answer of a busy controller
+INSIST_SECONDS = 900.0  # for one that is restarted
+AGAIN_SECONDS = 5.0
+# What SLURM's commands say where their controller or their accounting is not there or too busy.
+_SILENT = ("unable to contact", "timed out", "connection refused", "connect failure", "timeout")
 # What ranks were told that a shell started before: those of a job must not take it for theirs.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED")
+
+
+class Unreachable(ValueError):
+    """The scheduler does not answer now; that it refuses is another matter."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
     """What a command of SLURM prints; `wait` seconds for it, None: as long as it takes.
 
     Raises:
+        Unreachable: no answer.
         ValueError: it failed, and the message is what it said; or there is no such command.
     """
     kept = {name: text for name, text in os.environ.items() if name not in LAUNCHERS}
@@ -65,11 +75,31 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
             f"there is no {command[0]} on this machine: call this on a node of a SLURM cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise ValueError(
+        raise Unreachable(
             f"{command[0]} did not answer within {wait} s: try again when the scheduler is "
             "less busy"
         ) from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
+        if any(words in said.lower() for words in _SILENT):
+            raise Unreachable(f"{command[0]} has no answer: {said}; try again later")
         raise ValueError(f"{command[0]} refuses: {said or f'status {done.returncode}'}")
     return done.stdout
+
+
+def insist(*command: str) -> str:
+    """What `ask` answers, asked again until the scheduler is there.
+
+    Raises:
+        Unreachable: it was away for all of `INSIST_SECONDS`.
+        ValueError: it refuses.
+    """
+    until = time.monotonic() + INSIST_SECONDS
+    while True:
+        try:
+            return ask(*command)
+        except Unreachable as error:
+            if time.monotonic() > until:
+                raise
+            print(f"{error}; asked again in {AGAIN_SECONDS:.0f} s", flush=True)
+            time.sleep(AGAIN_SECONDS)

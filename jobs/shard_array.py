@@ -89,7 +89,10 @@ class ShardArray:
         try:
             yield from _packed(work, shards, array)
         finally:
-            array.cancel()
+            try:
+                array.cancel()
+            except scheduler.Unreachable as error:
+                log.warning("jobs may be left, and the same command ends them: %s", error)
 
     def _shares(self, pack: PackShards, shards: list[ShardPlan]) -> list[PackShards]:
         """Ranges that hold the unfinished shards, as even in their number as can be."""
@@ -130,7 +133,10 @@ def _packed(work: Work, shards: list[ShardPlan], array: _Array) -> Iterator[Pack
             )
         if not ended and now - asked > ASK_SECONDS:
             asked = now
-            ended = 0.0 if array.is_alive() else now
+            try:
+                ended = 0.0 if array.is_alive() else now
+            except scheduler.Unreachable as error:
+                log.warning("%s; the shards are waited for", error)
         if left:
             time.sleep(LOOK_SECONDS)
 

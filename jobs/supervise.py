@@ -58,10 +58,11 @@ def main(status: int, runs: list[str]) -> int:
     # The number of an array's last member is the array's own: to queue it would queue them all.
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{member}" if member else os.environ["SLURM_JOB_ID"]
     _await_record(run, job)
-    state = scheduler.ask("squeue", "--noheader", "--format=%T", "--jobs", job).strip()
+    # A job that is told to stop is often one of many, in a controller's worst minutes.
+    state = scheduler.insist("squeue", "--noheader", "--format=%T", "--jobs", job).strip()
     if state == "RUNNING" and supervise(status, run):
         print(f"ended with status {status}: job {job} is queued again", flush=True)
-        scheduler.ask("scontrol", "requeue", job)
+        scheduler.insist("scontrol", "requeue", job)
     return status
 
 

@@ -47,6 +47,22 @@ def test_signals_to_one_rank_requeue_the_job_once(submit: Submit, whole: Trace) 
     assert trace(run.run) == whole
 
 
+def test_a_controller_that_is_away_when_the_ranks_stop(submit: Submit, whole: Trace) -> None:
+    run = submit()
+    run.reached(SOON)
+    (controller,) = (p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmctld")
+    run.rank(1).send_signal(signal.SIGUSR2)
+    controller.suspend()
+    try:
+        run.until(lambda: "asked again" in run.outputs(), "the job has no answer")
+    finally:
+        controller.resume()
+    run.until(lambda: run.resumed == 1, "the run goes on")
+    run.finished()
+    assert run.restarts == 1
+    assert trace(run.run) == whole
+
+
 def test_a_job_of_higher_priority(submit: Submit, whole: Trace) -> None:
     run = submit()
     run.reached(SOON)

@@ -1,8 +1,10 @@
 """Submission without a cluster: what is asked of SLURM, what is refused before, and the end."""
 
+import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,53 @@ def test_the_same_command_without_slurm(recipe: Path, tmp_path: Path) -> None:
     assert len(list(run.glob("checkpoints/step-*/rank-*"))) == 2
     assert (run / "logs" / "rank-1.log").is_file()
     assert "finished" in command("runs", cwd=tmp_path)[1]
+
+
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes a command of SLURM say one line at each call, the last one ever after.
+
+    A line for an error begins with an exclamation mark.
+    """
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(scheduler, "AGAIN_SECONDS", 0.01)
+
+    def say(command: str, *lines: str) -> None:
+        (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+        script = tmp_path / command
+        script.write_text(
+            f'#!/bin/sh\ncd "{tmp_path}"; line=$(head -n 1 lines)\n'
+            "[ $(wc -l < lines) = 1 ] || sed -i 1d lines\n"
+            'case $line in !*) echo "${line#!}" >&2; exit 1;; *) echo "$line";; esac\n'
+        )
+        script.chmod(0o755)
+
+    return say
+
+
+# As SLURM 22.05 says it: without a controller, and with one that is stopped.
+SILENT = (
+    "!slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+    "!slurm_load_jobs error: Socket timed out on send/recv operation",
+)
+
+
+def test_a_controller_that_is_away_is_asked_again(controller: Callable[..., None]) -> None:
+    controller("squeue", *SILENT, "RUNNING")
+    assert scheduler.insist("squeue") == "RUNNING\n"
+    controller("squeue", *SILENT, "!slurm_load_jobs error: Invalid job id specified")
+    with pytest.raises(ValueError, match="Invalid job id") as refused:
+        scheduler.insist("squeue")
+    assert not isinstance(refused.value, scheduler.Unreachable)
+
+
+def test_a_controller_that_stays_away_is_given_up(
+    controller: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "INSIST_SECONDS", 0.1)
+    controller("squeue", SILENT[0])
+    with pytest.raises(scheduler.Unreachable, match="Unable to contact"):
+        scheduler.insist("squeue")
 
 
 def test_a_machine_without_a_scheduler_is_named(
