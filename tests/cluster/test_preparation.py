@@ -115,7 +115,7 @@ def test_a_preempted_member_is_queued_again(
             until(lambda: len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 6)
             until(lambda: len(jobs_of(tmp_path)) == 1)
             (member,) = jobs_of(tmp_path)
-            slurm("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2",
+            slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive",
                   "--output=/dev/null", "--wrap", "sleep 2")  # fmt: skip
             until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", member))
         finally:
