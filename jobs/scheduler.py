@@ -13,7 +13,7 @@ WAIT_SECONDS = 60  # for an answer of a busy controller
 INSIST_SECONDS = 900.0  # for one that is restarted
 AGAIN_SECONDS = 5.0
 # What SLURM's commands say where their controller or their accounting is not there or too busy.
-_SILENT = ("unable to contact", "timed out", "connection refused", "connect failure", "timeout")
+_SILENT = ("unable to contact", "timed out", "connection refused", "connect failure")
 # What ranks were told that a shell started before: those of a job must not take it for theirs.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED")
