@@ -42,8 +42,8 @@ def load(world: World) -> None:
 def _without(package: str) -> Iterator[None]:
     """Within, a package that is not loaded yet cannot be.
 
-    DeepSpeed's autotuner, which is not used here, loads MLflow where it can: a third of the time that
-    a rank takes to start, and thousands of small files read by every rank of a cluster.
+    DeepSpeed's autotuner, which is not used here, loads MLflow where it can: a third of the time
+    that a rank takes to start, and thousands of small files read by every rank of a cluster.
     """
     hidden = package not in sys.modules
     if hidden:
