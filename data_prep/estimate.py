@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.images import RejectedImageError, Treatment, check, own_pixel_limit
+from data_prep.images import RejectedImageError, Treatment, check, counted_size, own_pixel_limit
 from data_prep.items import Items
 from data_prep.listing import Source
 from data_prep.parallel import available_cores
@@ -47,12 +47,13 @@ def estimate(source: Source, treatment: Treatment, workers: int | None) -> Estim
         numbers = np.unique(np.linspace(0, len(items) - 1, SAMPLED).astype(int)).tolist()
         writer = ShardWriter(Path(folder), "sample-000000")
         sizes = []
+        counted = counted_size(treatment, SAMPLED)  # as the many after a shard's first
         started = time.perf_counter()
         with own_pixel_limit():
             for number in numbers:
                 item = items[number]
                 try:
-                    image = check(listing.reader.read(item), treatment, not treatment.settings)
+                    image = check(listing.reader.read(item), treatment, counted)
                 except RejectedImageError:
                     continue
                 writer.add(f"sample-{number}", image.data, image.extension, item.label)

@@ -12,8 +12,6 @@ from data_prep.images import CheckedImage
 Channels = tuple[float, float, float]
 SIDES = (32, 64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024)
 """Where the bins of the images' shorter sides begin, in pixels; one more lies before them."""
-DRAWN = 16
-"""Images at the start of each shard that stand for the pixels of all where not all are decoded."""
 
 
 @dataclass

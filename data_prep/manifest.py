@@ -57,8 +57,7 @@ class Manifest:
     ``classes`` gives the name of each class id, and ``names`` what people call it where those are
     codes. ``image_size`` is (min height, max height, min width, max width) in pixels over all
     accepted images. ``channel_mean`` and ``channel_std`` are those of the train split's pixels in
-    RGB, in 0..1: of large images some rows count, and of a set that was trusted or resized only
-    the first images of each shard.
+    RGB, in 0..1: of large images some rows count, and only those of the first images of each shard.
 
     ``found = accepted + rejected`` images, and the rejected ones stand with their reasons in
     ``rejected.jsonl``. ``reencoded`` of the accepted are stored as other bytes than were found.

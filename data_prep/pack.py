@@ -14,9 +14,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.facts import DRAWN, Facts
+from data_prep.facts import Facts
 from data_prep.files import write_atomically
-from data_prep.images import CheckedImage, RejectedImageError, Treatment, check, own_pixel_limit
+from data_prep.images import (
+    CheckedImage,
+    RejectedImageError,
+    Treatment,
+    check,
+    counted_size,
+    own_pixel_limit,
+)
 from data_prep.items import Item
 from data_prep.listing import Reader, Rejection
 from data_prep.manifest import Shard
@@ -148,7 +155,8 @@ class PackShard:
         record.bytes_read += len(data)
         record.marks.append(zlib.crc32(data) << 32 | len(data))
         try:
-            image = check(data, self.treatment, self._counts(record.facts))
+            counted = counted_size(self.treatment, sum(record.facts.sides))
+            image = check(data, self.treatment, counted)
         except RejectedImageError as reason:
             record.rejected.append(Rejection(item.split, item.origin, str(reason)))
             record.marks[-1] = NO_MARK
@@ -156,15 +164,6 @@ class PackShard:
         record.reencoded += image.reencoded
         record.facts.count(image, item.label)
         return image
-
-    def _counts(self, facts: Facts) -> bool:
-        """Whether the pixels of the next image of a shard enter the statistics."""
-        return counts_pixels(self.treatment, sum(facts.sides))
-
-
-def counts_pixels(treatment: Treatment, position: int) -> bool:
-    """Whether the pixels of a shard's sample at ``position`` enter the set's statistics."""
-    return position < DRAWN or not treatment.settings
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.facts import Facts
-from data_prep.images import RejectedImageError, Treatment, check, own_pixel_limit
+from data_prep.images import RejectedImageError, Treatment, check, counted_size, own_pixel_limit
 from data_prep.manifest import (
     CARD_NAME,
     CARD_PICTURE_NAME,
@@ -21,7 +21,6 @@ from data_prep.manifest import (
     Manifest,
     Shard,
 )
-from data_prep.pack import counts_pixels
 from data_prep.parallel import run_parallel
 from data_prep.writer import checksum, index_bytes, index_line
 
@@ -178,7 +177,7 @@ def _check_samples(checked: _Checked, data: bytes, treatment: Treatment) -> list
     for key, group in itertools.groupby(members, key=lambda member: member.name.split(".", 1)[0]):
         sample = list(group)
         lines.append(index_line([(_extension(m), m.offset_data, m.size, m.name) for m in sample]))
-        _check_sample(checked, data, key, sample, counts_pixels(treatment, len(lines) - 1))
+        _check_sample(checked, data, key, sample, counted_size(treatment, len(lines) - 1))
     if len(lines) != checked.shard.samples:
         checked.report(f"holds {len(lines)} samples, the manifest says {checked.shard.samples}")
     return lines
@@ -215,7 +214,7 @@ def _extension(member: tarfile.TarInfo) -> str:
 
 
 def _check_sample(
-    checked: _Checked, data: bytes, key: str, members: list[tarfile.TarInfo], counts: bool
+    checked: _Checked, data: bytes, key: str, members: list[tarfile.TarInfo], counted: float
 ) -> None:
     extensions = [_extension(member) for member in members]
     start = members[0].offset_data
@@ -235,7 +234,7 @@ def _check_sample(
         checked.report(problem, key, members[1].offset_data)
         return
     try:
-        image = check(contents[0], statistics=counts)
+        image = check(contents[0], counted=counted)
     except RejectedImageError as reason:
         checked.report(str(reason), key, start)
         return

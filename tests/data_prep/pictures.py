@@ -22,8 +22,8 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg(seed: int, height: int = 12, width: int = 10) -> bytes:
-    return encoded(picture(seed, height, width))
+def jpeg(seed: int, height: int = 12, width: int = 10, **options: object) -> bytes:
+    return encoded(picture(seed, height, width), **options)
 
 
 def png_of_size(width: int, height: int) -> bytes:

@@ -1,6 +1,7 @@
 """Which images enter a set, as which bytes, and why others do not."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from data_prep.images import (
     RejectedImageError,
     Treatment,
     check,
+    counted_size,
     own_pixel_limit,
 )
 
@@ -45,11 +47,14 @@ def test_jpeg_and_png_bytes_are_kept(data, extension):
 
 STRAY = jpeg(1).replace(b"\xff\xc0", b"\x12\xff\xc0", 1)
 WARNED = jpeg(1, 64, 64)[:-20] + bytes(5) + jpeg(1, 64, 64)[-20:]  # bytes too many in the scan
+SAMPLED_441 = bytearray(jpeg(1, 64, 64, subsampling=0))
+SAMPLED_441[SAMPLED_441.index(b"\xff\xc0") + 11] = 0x14  # the brightness four times as high
 REENCODED = {
     "cmyk": encoded(picture(1).convert("CMYK")),
     "inverted cmyk": encoded(picture(1).convert("CMYK")).replace(b"Adobe", b"adobe"),
     "stray bytes": STRAY,
     "with a warning": WARNED,
+    "colours sampled in a rare way": bytes(SAMPLED_441),
 }
 
 
@@ -126,14 +131,58 @@ def test_small_images_are_not_resized(data):
 def test_trusted_jpegs_are_not_decoded_and_their_headers_are_read():
     trust = Treatment(trust=True)
     cut = jpeg(1, 64, 48)[:-100]
-    image = check(cut, trust, statistics=False)
+    image = check(cut, trust, counted=0)
     assert (image.data, image.height, image.width) == (cut, 64, 48)
     assert image.histogram is None
-    counted = check(jpeg(1), trust, statistics=True).histogram
+    counted = check(jpeg(1), trust).histogram
     np.testing.assert_array_equal(counted, check(jpeg(1)).histogram)
-    assert check(REENCODED["cmyk"], trust, statistics=False).reencoded
+    assert check(REENCODED["cmyk"], trust, counted=0).reencoded
     with own_pixel_limit(), pytest.raises(RejectedImageError, match="cannot be decoded"):
-        check(encoded(picture(1), "PNG")[:-60], trust, statistics=False)
+        check(encoded(picture(1), "PNG")[:-60], trust, counted=0)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_damage_is_found_without_the_pixels_too(progressive, subsampling):
+    """Wherever a bit is flipped or the file cut, with the same verdict as with them."""
+    data = jpeg(1, 40, 56, progressive=progressive, subsampling=subsampling)
+    damaged = [data[:size] for size in range(2, len(data), 7)]
+    for position in range(2, len(data), 3):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        damaged.append(bytes(changed))
+    verdicts = [verdict(piece, counted=math.inf) for piece in damaged]
+    assert [verdict(piece, counted=0) for piece in damaged] == verdicts
+    assert len({said[:4] for said in verdicts}) == 3  # kept, stored again, refused
+
+
+def verdict(data, counted):
+    try:
+        image = check(data, counted=counted)
+    except RejectedImageError as reason:
+        return f"no: {reason}"
+    return f"{'new' if image.reencoded else 'kept'}: {image.height}x{image.width}"
+
+
+@pytest.mark.parametrize(
+    ("treatment", "first", "small"),
+    [(Treatment(), 256, True), (Treatment(trust=True), 16, False),
+     (Treatment(resize_short=32), 16, False)],
+)  # fmt: skip
+def test_the_first_images_of_a_shard_and_small_ones_are_counted(treatment, first, small):
+    images = {"jpeg": jpeg(1, 200, 100), "png": encoded(picture(1, 200, 100), "PNG")}
+    for data in (*images.values(), jpeg(1, 32, 40)):
+        for position in (0, first - 1, first, 9999):
+            image = check(data, treatment, counted_size(treatment, position))
+            is_small = small and image.height == 32
+            assert (image.histogram is not None) == (position < first or is_small)
+            assert verify_counts_the_same(image, treatment, position)
+
+
+def verify_counts_the_same(image, treatment, position):
+    """Whoever reads the stored image again."""
+    again = check(image.data, counted=counted_size(treatment, position)).histogram
+    return np.array_equal(again, image.histogram)
 
 
 @pytest.mark.parametrize("size", [(1, 40_000), (2, 20_000), (40_000, 1)])
