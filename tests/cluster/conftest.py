@@ -16,13 +16,14 @@ from jobs.record import Job, newest_step
 from tests.jobs.command import ENTRY
 from tests.training.conftest import Trace, trace
 
+SOON = 12  # a step early in the training
 PATIENCE = 240.0  # seconds; a requeued job waits for its nodes
 RECIPE = """
 name: tiny
 model: dr_resnet16
-data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 32}}}}
+data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 8}}}}
 optimizer: {{lr: 0.05, nesterov: true, weight_decay: 5.0e-4}}
-train: {{epochs: 20, batch_size: 16, evaluate_every: 20, log_every: 1}}
+train: {{epochs: 30, batch_size: 16, evaluate_every: 30, log_every: 1}}
 checkpoints: {{every_steps: 5}}
 """
 HOME = Path("/run/reprise-lab")  # of the lab while it is up
@@ -46,7 +47,7 @@ def lab() -> None:
 
 @pytest.fixture(scope="session")
 def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 steps on 64 images: ten seconds for two ranks, with a checkpoint every five steps."""
+    """120 steps on 64 images: seconds for two ranks, with a checkpoint every five steps."""
     file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     file.write_text(RECIPE.format(shards=shards))
     return file
@@ -117,8 +118,17 @@ class Submitted:
     def state(self) -> str:
         return slurm("sacct", "-nXP", "-o", "State", "-j", self.job.id).split("\n")[0]
 
-    def reached(self, step: int, what: str = "training") -> None:
-        self.until(lambda: newest_step(self.run) >= step, f"{what} has saved step {step}")
+    def reached(self, step: int) -> None:
+        self.until(lambda: newest_step(self.run) >= step, f"training has saved step {step}")
+
+    def trains(self) -> None:
+        """It is some way into the training, from wherever it began."""
+        self.reached(newest_step(self.run) + SOON)
+
+    def goes_on(self, times: int = 1) -> None:
+        """It was queued again, so many times in all, and trains from a checkpoint."""
+        self.until(lambda: self.resumed == times, f"the run goes on for the {times}. time")
+        assert self.restarts == times
 
     def finished(self) -> None:
         self.until(lambda: (self.run / "weights.safetensors").is_file(), "the run has finished")
