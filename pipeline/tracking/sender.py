@@ -178,7 +178,11 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
     # Ctrl-C and a scheduler's signals are for the training process, which decides when to end.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    os.nice(10)
+    follow = mode == "follow"
+    if follow:
+        # It has the cores while the training does not want them. Even the lowest "nice" would take
+        # turns with the training's threads, each of which the others wait for.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with loading():
@@ -186,7 +190,6 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
-    follow = mode == "follow"
     try:
         with FileLock(run_dir / journal.LOCK, timeout=-1 if follow else 0):
             if mode == "announce":

@@ -259,7 +259,9 @@ def _spawn(
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C in the terminal is for the training process
+            # Ctrl-C in the terminal is for the training process. No session of its own: Linux may
+            # share the cores between sessions before it looks at priorities.
+            process_group=0,
         )
 
 
