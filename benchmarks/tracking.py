@@ -30,7 +30,7 @@ from pipeline.tracking import Tracker
 @click.option("--model", default="dr_resnet16", show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--steps", default=12, show_default=True, help="Timed steps per round.")
-@click.option("--rounds", default=9, show_default=True)
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(6))
 def main(data: Path, model: str, batch_size: int, steps: int, rounds: int) -> None:
     before = machine()
     world = World.detect()

@@ -47,7 +47,7 @@ def estimate(source: Source, treatment: Treatment, workers: int | None) -> Estim
         numbers = np.unique(np.linspace(0, len(items) - 1, SAMPLED).astype(int)).tolist()
         writer = ShardWriter(Path(folder), "sample-000000")
         sizes = []
-        counted = counted_size(treatment, SAMPLED)  # as the many after a shard's first
+        counted = counted_size(treatment, len(items))  # as of the many after a shard's first
         started = time.perf_counter()
         with own_pixel_limit():
             for number in numbers:

@@ -33,6 +33,8 @@ _FORMATS = ("JPEG", "PNG", *_REENCODED)
 _START_OF_JPEG = b"\xff\xd8"
 _MARKER = 0xFF
 _START_OF_SCAN = 0xDA
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those are tables and an extension
+_ORDINARY_FRAMES = (0xC0, 0xC1, 0xC2)  # sequential and progressive, in Huffman's code
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 Pixels = npt.NDArray[np.uint8]
@@ -163,33 +165,41 @@ def _plain_jpeg_header(data: bytes) -> _JpegHeader | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        stray = _has_stray_bytes(data)
+        ordinary = _is_ordinary(data)
     except (ValueError, IndexError, KeyError):  # KeyError: colours sampled in a rare way
         return None
     if height * width > PIXEL_LIMIT:
         raise RejectedImageError(_too_large(f"{width}x{height} pixels"))
-    if stray or colours not in ("Gray", "YCbCr", "RGB"):
+    if not ordinary or colours not in ("Gray", "YCbCr", "RGB"):
         return None
     return _JpegHeader(height, width, colours == "Gray")
 
 
-def _has_stray_bytes(data: bytes) -> bool:
-    """Whether something stands between the segments, which Pillow skips and DALI stops at."""
+def _is_ordinary(data: bytes) -> bool:
+    """Whether segment follows segment up to a scan, and every reader knows the frame's kind.
+
+    Pillow skips what stands between segments, and DALI stops at it. Lossless, hierarchical and
+    arithmetic frames are beyond some readers; libjpeg-turbo writes over its buffer where it is to
+    scale a lossless one.
+    """
     position = 2
     while data[position] == _MARKER:
         while data[position] == _MARKER:  # any number of them may stand before a marker's code
             position += 1
-        if data[position] == _START_OF_SCAN:
+        code = data[position]
+        if code == _START_OF_SCAN:
+            return True
+        if code in _FRAMES and code not in _ORDINARY_FRAMES:
             return False
         position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
-    return True
+    return False
 
 
 def _is_sound(data: bytes) -> bool:
     """Whether a JPEG with a plain header can be decoded without a warning.
 
-    All damage shows in the coefficients, and every one is decoded here, of colours too, since they
-    stand among each other; only the arithmetic after them, a third of the time, is left out by
+    Damage shows in the codes of the coefficients, and every one is read here, of colours too, since
+    they stand among each other; only the arithmetic after them, a third of the time, is left out by
     asking for few pixels.
     """
     try:

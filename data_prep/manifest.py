@@ -18,7 +18,7 @@ REJECTED_NAME = "rejected.jsonl"
 DUPLICATES_NAME = "duplicates.jsonl"
 CARD_NAME, CARD_PICTURE_NAME = "card.md", "card.png"
 LOCK_NAME, OWNER_NAME = ".prepare.lock", ".prepare.owner"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TRAIN = "train"
 CLASSIFICATION, DENOISING = TASKS = ("classification", "denoising")
 
@@ -57,7 +57,9 @@ class Manifest:
     ``classes`` gives the name of each class id, and ``names`` what people call it where those are
     codes. ``image_size`` is (min height, max height, min width, max width) in pixels over all
     accepted images. ``channel_mean`` and ``channel_std`` are those of the train split's pixels in
-    RGB, in 0..1: of large images some rows count, and only those of the first images of each shard.
+    RGB, in 0..1. Of images of more than 16,384 pixels only the first 256 of each shard count, with
+    some of their rows; of a set that was trusted or resized the first 16 of each shard, whatever
+    their size.
 
     ``found = accepted + rejected`` images, and the rejected ones stand with their reasons in
     ``rejected.jsonl``. ``reencoded`` of the accepted are stored as other bytes than were found.

@@ -17,7 +17,7 @@ from data_prep.files import sync, write_atomically
 from data_prep.finish import finish, refuse_empty, summarise
 from data_prep.images import AS_FOUND, Treatment
 from data_prep.listing import FolderReader, Listing, Source
-from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, Manifest
+from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, SCHEMA_VERSION, Manifest
 from data_prep.pack import Packed, PackShard, PackShards, Work
 from data_prep.plan import Plan, plan
 
@@ -144,7 +144,7 @@ def _scratch(work: Work) -> Iterator[None]:
 
 def _begin(work: Work, listing: Listing, settings: dict[str, Any]) -> int:
     """Write the plan, or find that it is the one that was begun; returns its number of shards."""
-    content = {"settings": settings, "stamp": listing.stamp}
+    content = {"schema": SCHEMA_VERSION, "settings": settings, "stamp": listing.stamp}
     path = work.root / _SETTINGS_NAME
     if path.exists():
         _refuse_other_plan(work.root.parent, json.loads(path.read_text()), content)
@@ -170,6 +170,8 @@ def _begin(work: Work, listing: Listing, settings: dict[str, Any]) -> int:
 
 def _refuse_other_plan(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     cure = f"give another folder, or delete {out / _WORK_NAME}"
+    if before.get("schema") != now["schema"]:
+        raise ValueError(f"{out} holds an unfinished preparation by another release: {cure}")
     for key in sorted(before["settings"].keys() | now["settings"].keys()):
         old, new = before["settings"].get(key), now["settings"].get(key)
         if old != new:

@@ -1,4 +1,4 @@
-"""`python -m pipeline.tracking RUN_DIR PARENT_PID follow|drain|announce`: the sender's process."""
+"""`python -m pipeline.tracking RUN_DIR PARENT_PID MODE`: the sender's process."""
 
 import sys
 from pathlib import Path

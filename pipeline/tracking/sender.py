@@ -169,11 +169,11 @@ def _announce(run_dir: Path) -> int:
 
 
 def main(run_dir: Path, parent: int, mode: str) -> int:
-    """Runs the one sender of a run directory; BUSY where it should not follow and one is at work.
+    """Runs the one sender of a run directory; BUSY where it should not wait and one is at work.
 
-    Mode `announce` only creates the run, for a training that is not started yet.
-
-    A sender that follows waits for one that a killed training process left behind: it ends soon.
+    Mode `follow` goes on until the training ends; `finish` sends what is left right after it, and
+    `drain` at any later time. `announce` only creates the run, for a training that is not started
+    yet. The first two wait for a sender that a killed training process left behind: it ends soon.
     """
     # Ctrl-C and a scheduler's signals are for the training process, which decides when to end.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -182,7 +182,10 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
     if follow:
         # It has the cores while the training does not want them. Even the lowest "nice" would take
         # turns with the training's threads, each of which the others wait for.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:  # a sandbox that has no such policy
+            os.nice(19)
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with loading():
@@ -191,7 +194,7 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
     try:
-        with FileLock(run_dir / journal.LOCK, timeout=-1 if follow else 0):
+        with FileLock(run_dir / journal.LOCK, timeout=-1 if mode in ("follow", "finish") else 0):
             if mode == "announce":
                 return _announce(run_dir)
             return Sender(run_dir, parent, follow).run()

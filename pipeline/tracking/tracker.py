@@ -167,11 +167,13 @@ class Tracker:
         Returns False, after saying how much and the cure, where something is left for later.
         """
         self.close(status)
-        until = time.monotonic() + timeout
-        code = _end(self._process, until) if self._process else None
-        if code is None or (code < 0 and time.monotonic() < until):
-            # Nobody sends, or who did was killed (by hand, for want of memory): another takes over.
-            code = _end(_spawn(self._run_dir, "follow"), until)
+        started = time.monotonic()
+        # Who sent had the cores last, and gets them never where other work keeps them busy.
+        code = _end(self._process, started + timeout / 2) if self._process else None
+        if code is None or code < 0:
+            # Nobody sends, or who did was killed (here, by hand, for want of memory): another takes
+            # over, with its share of the cores.
+            code = _end(_spawn(self._run_dir, "finish"), started + timeout)
         return _is_done(self._run_dir, code)
 
     def state_dict(self) -> dict[str, str | None]:
@@ -242,7 +244,7 @@ def _left(run_dir: Path) -> int:
 
 
 def _spawn(
-    run_dir: Path, mode: Literal["follow", "drain", "announce"]
+    run_dir: Path, mode: Literal["follow", "finish", "drain", "announce"]
 ) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "pipeline.tracking", str(run_dir), str(os.getpid()), mode]
     # MLflow's own defaults would let one call to a dead server last four minutes.

@@ -23,7 +23,7 @@ name: tiny
 model: dr_resnet16
 data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 8}}}}
 optimizer: {{lr: 0.05, nesterov: true, weight_decay: 5.0e-4}}
-train: {{epochs: 20, batch_size: 16, evaluate_every: 20, log_every: 1}}
+train: {{epochs: 30, batch_size: 16, evaluate_every: 30, log_every: 1}}
 checkpoints: {{every_steps: 5}}
 """
 HOME = Path("/run/reprise-lab")  # of the lab while it is up
@@ -47,7 +47,7 @@ def lab() -> None:
 
 @pytest.fixture(scope="session")
 def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 steps on 64 images: seconds for two ranks, with a checkpoint every five steps."""
+    """120 steps on 64 images: seconds for two ranks, with a checkpoint every five steps."""
     file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     file.write_text(RECIPE.format(shards=shards))
     return file

@@ -27,9 +27,9 @@ def test_a_killed_save_and_then_damaged_checkpoints(submit: Submit, whole: Trace
     assert half.is_dir()
     run.goes_on()
     run.trains()
-    assert not half.exists()
     slurm("scancel", run.job.id)
     run.until(lambda: not jobs_of(run.run.parent), "the job has ended")
+    assert not half.exists()
     newest, before, third = sorted((run.run / "checkpoints").glob("step-*"), reverse=True)
     cut, flipped = (path / "engine.safetensors" for path in (newest, before))
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -56,7 +56,7 @@ def stopped_in_a_save(run: Submitted, writer: psutil.Process) -> Path:
                 if path.is_dir() and not path.with_name(path.name.removeprefix(PARTIAL)).exists():
                     return path
                 writer.resume()
-        assert newest < 70, "no save was met half done"
+        assert newest < 100, "no save was met half done"
 
 
 def test_a_full_disk(submit: Submit, whole: Trace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import LAB, Submitted, reprise, slurm
+from tests.cluster.conftest import LAB, Submitted, jobs_of, reprise, slurm
 from tests.training.conftest import Trace, trace
 
 Submit = Callable[..., Submitted]
@@ -44,9 +44,11 @@ def test_one_fault_after_another(submit: Submit, whole: Trace) -> None:
           "--wrap", "sleep 2")  # fmt: skip
     run.goes_on()
     run.trains()
+    stops = run.log.count("stopped with a checkpoint")
     for _ in range(2):
         run.rank(1).send_signal(signal.SIGUSR2)
     run.goes_on(2)
+    assert run.log.count("stopped with a checkpoint") == stops + 1
     run.trains()
     other = run.rank(0)
     run.rank(1).kill()
@@ -56,7 +58,6 @@ def test_one_fault_after_another(submit: Submit, whole: Trace) -> None:
     assert run.restarts == 3
     (failure,) = run.job.failures
     assert failure.status == 128 + signal.SIGKILL
-    assert run.log.count("stopped with a checkpoint") == 2
     assert trace(run.run) == whole
 
 
@@ -95,3 +96,15 @@ def _files(process: psutil.Process) -> str:
         return " ".join(str(fd.readlink()) for fd in Path(f"/proc/{process.pid}/fd").iterdir())
     except (OSError, psutil.NoSuchProcess):
         return ""
+
+
+def test_the_time_limit(submit: Submit) -> None:
+    run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
+                 "checkpoints.every_steps=9000")  # fmt: skip
+    run.goes_on()
+    assert run.log.count("stopped with a checkpoint") == 1
+    cancelled = reprise("cancel", "run", cwd=run.run.parent)
+    assert cancelled.returncode == 0, cancelled.stderr
+    run.until(lambda: not jobs_of(run.run.parent), "the job has ended")
+    run.until(lambda: run.state.startswith("CANCELLED"), "the accounting knows")
+    assert run.restarts == 1

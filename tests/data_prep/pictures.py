@@ -26,6 +26,25 @@ def jpeg(seed: int, height: int = 12, width: int = 10, **options: object) -> byt
     return encoded(picture(seed, height, width), **options)
 
 
+def lossless_jpeg(height: int, width: int) -> bytes:
+    """A grey JPEG of one value in lossless frames, which no encoder here writes."""
+
+    def segment(code: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, code, len(content) + 2) + content
+
+    one_code = bytes([0, 1, *[0] * 15, 0])  # of one bit, for a difference of nothing
+    return b"".join(
+        (
+            b"\xff\xd8",
+            segment(0xC3, struct.pack(">BHHBBBB", 8, height, width, 1, 1, 0x11, 0)),
+            segment(0xC4, one_code),
+            segment(0xDA, bytes([1, 1, 0, 1, 0, 0])),
+            bytes(-(-height * width // 8)),
+            b"\xff\xd9",
+        )
+    )
+
+
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header promises more than its data holds."""
 

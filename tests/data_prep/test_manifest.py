@@ -56,7 +56,7 @@ def test_no_set_names_the_cure(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda c: c.update(schema_version=2), "schema version 2, this release reads 1"),
+        (lambda c: c.update(schema_version=1), "schema version 1, this release reads 2"),
         (lambda c: c.pop("schema_version"), "damaged"),
         (lambda c: c.pop("splits"), "damaged"),
         (lambda c: c.update(image_size=[1, 2]), "damaged"),

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from pictures import encoded, jpeg, picture
 
+from data_prep import images
+from data_prep.images import Treatment
 from data_prep.manifest import MANIFEST_NAME, REJECTED_NAME
+from data_prep.prepare import prepare
+from data_prep.sources import open_source
 from data_prep.verify import verify, verify_quickly
 from data_prep.writer import ShardWriter
 
@@ -33,6 +37,39 @@ def test_a_good_set_has_no_findings(manifest):
     assert verify(manifest.root, workers=2, progress=lambda *now: seen.append(now)) == []
     assert seen[-1] == (27, 27)
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    "treatment", [Treatment(), Treatment(trust=True), Treatment(resize_short=64)]
+)
+def test_the_images_that_count_are_the_same_in_packing_and_in_verifying(
+    treatment, tmp_path, monkeypatch
+):
+    """Whatever is among them: refused, stored again, PNG, grey, small."""
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    found = [jpeg(seed, 150, 120 + seed) for seed in range(12)]
+    found[3:3] = [
+        b"no image",
+        encoded(picture(20, 150, 130).convert("CMYK")),
+        encoded(picture(21, 150, 130), "PNG"),
+        encoded(picture(22, 150, 130).convert("L")),
+        jpeg(23, 20, 20),
+    ]
+    for number, data in enumerate(found):
+        (folder / f"{number:02}.jpg").write_bytes(data)
+
+    def means(name, count):
+        for limit in ("COUNTED_IMAGES", "COUNTED_TREATED"):
+            monkeypatch.setattr(images, limit, count)
+        root = tmp_path / name
+        source = open_source("folder", folder.parents[1])
+        made = prepare(source, root, samples_per_shard=10, treatment=treatment, workers=1)
+        assert made.rejected == 1
+        assert verify(root, workers=1) == []
+        return made.channel_mean
+
+    assert len({means(f"set-{count}", count) for count in (1, 2, 5, 99)}) == 4
 
 
 def test_no_set_is_the_callers_error(tmp_path):

@@ -271,6 +271,19 @@ def test_a_sender_at_work_is_left_alone(store, run_dir, tracker):
     assert_steps_once(store, run.info.run_id, "loss", range(2))
 
 
+def test_a_sender_that_has_no_cores_is_replaced_at_the_end(store, run_dir, tracker):
+    one = tracker()
+    one.start()
+    wait_for(lambda: log_has(run_dir, CONNECTED))
+    (sender,) = senders(run_dir)
+    sender.suspend()
+    one.metrics({"loss": 1.0}, 0)
+    assert one.finish("FINISHED", 30)
+    (run,) = store.runs()
+    assert run.info.status == "FINISHED"
+    assert_steps_once(store, run.info.run_id, "loss", range(1))
+
+
 def test_system_metrics_count_on_after_a_restart(tmp_path, monkeypatch):
     from pipeline.tracking import system
 
