@@ -72,7 +72,7 @@ def short(network: str, sigma: int) -> Config:
         data=data.model_copy(update={"augment": _PATCH.model_copy(update={"size": 24})}),
         optimizer=Optimizer(name="adam", lr=4e-3),
         schedule=Schedule(name="one_cycle", peak=0.1),
-        train=Train(epochs=3, batch_size=8),
+        train=Train(epochs=3, batch_size=8, evaluate_every=3),
     )
 
 
