@@ -127,7 +127,7 @@ class Submitted:
 
     def goes_on(self, times: int = 1) -> None:
         """It was queued again, so many times in all, and trains from a checkpoint."""
-        self.until(lambda: self.resumed == times, f"the run goes on for the {times}. time")
+        self.until(lambda: self.resumed == times, f"the run has gone on, {times} in all")
         assert self.restarts == times
 
     def finished(self) -> None:

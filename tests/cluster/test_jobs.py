@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import socket
 import sqlite3
 import subprocess
@@ -17,14 +16,7 @@ import pytest
 
 from jobs.record import SAME_STEP, Job, newest_step
 from pipeline import tracking
-from tests.cluster.conftest import (
-    PATIENCE,
-    TWO_NODES,
-    Submitted,
-    jobs_of,
-    reprise,
-    slurm,
-)
+from tests.cluster.conftest import PATIENCE, SOON, TWO_NODES, Submitted, jobs_of, reprise, slurm
 from tests.conftest import ROOT
 from tests.training.conftest import Trace, trace
 
@@ -61,17 +53,17 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
     for starts, nodes in enumerate((1, 2)):
         run.until(lambda starts=starts: run.resumed == starts, "the run goes on")
         run.trains()
-        if nodes == 1:
-            assert re.search(rf"running .*{run.job.id} on lab", row(run))
+        assert "running" in row(run)
+        assert f"{run.job.id} on lab" in row(run)
         cancelled = reprise("cancel", "run", "--runs", ".", cwd=folder)
         assert cancelled.returncode == 0, cancelled.stderr
         run.until(lambda: not jobs_of(folder), "the job has ended")
-        if nodes == 1:
-            assert "cancelled" in row(run)
+        assert "cancelled" in row(run)
         resumed = reprise("resume", "run", "--runs", ".", "--nodes", nodes, cwd=folder)
         assert resumed.returncode == 0, resumed.stderr
     run.finished()
-    assert re.search("finished .*50.0 of 50", row(run))
+    assert "finished" in row(run)
+    assert "50.0 of 50" in row(run)
     assert "resuming on 1 ranks what 2 saved" in run.log
     assert "resuming on 2 ranks what 1 saved" in run.log
     logged = reprise("logs", "run", "--runs", ".", "--rank", 1, "-f", cwd=folder)
@@ -157,7 +149,7 @@ def test_a_tracking_server_away_at_submission_in_mid_run_and_at_the_end(
         points = rows.execute("select step from metrics where key = 'train/loss'").fetchall()
     assert runs == [("KILLED",)]
     assert sorted(step for (step,) in points) == [step for step, _ in history(run.run)]
-    assert len(points) >= newest_step(run.run)
+    assert len(points) >= newest_step(run.run) > 2 * SOON
 
 
 def known_as(run: Submitted) -> str | None:
