@@ -26,6 +26,7 @@ DRAINED, LEFT, BUSY = 0, 1, 3
 POLL_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 ORPHAN_SECONDS = 20.0
+LOWEST_PRIORITY = 19  # as "nice" counts
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class Sender:
             try:
                 if self._step():
                     pause = POLL_SECONDS
+                    if not closing:
+                        # Starting is over, and what is left is little: training comes first now.
+                        # Not the idle policy, which on busy cores keeps the page waiting for hours.
+                        os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
                     continue
                 if closing:
                     self._close()
@@ -179,13 +184,6 @@ def main(run_dir: Path, parent: int, mode: str) -> int:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     follow = mode == "follow"
-    if follow:
-        # It has the cores while the training does not want them. Even the lowest "nice" would take
-        # turns with the training's threads, each of which the others wait for.
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:  # a sandbox that has no such policy
-            os.nice(19)
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with loading():
