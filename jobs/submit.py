@@ -9,7 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
+Announce = Callable[[Path, float], bool]
+"""Tells MLflow of a run directory, within so many seconds; False where nobody answers."""
 CODE = Path(__file__).resolve().parent.parent
 PACKAGES = ("jobs", "pipeline", "data_prep")
 SIGNAL_EARLY_S = 60  # SLURM may send a signal before a time limit this much sooner than asked
@@ -151,12 +153,15 @@ def submit(config: Config, run: Path, request: Request) -> Job:
     Raises:
         ValueError: as `check`; the run has a job already, or the scheduler refuses.
     """
-    check(config, run, request)
-    ask_site(request)
-    with made(config, run):
-        snapshot(run / "code")
-        announce(run)
-        (job,) = queue({run: config}, request, run)
+    from pipeline import tracking
+
+    with tracking.announcer() as announce:
+        check(config, run, request)
+        ask_site(request)
+        with made(config, run):
+            snapshot(run / "code")
+            tell(announce, run)
+            (job,) = queue({run: config}, request, run)
     return job
 
 
@@ -245,18 +250,14 @@ def snapshot(folder: Path) -> None:
         )
 
 
-def announce(run: Path) -> bool:
+def tell(announce: Announce, run: Path) -> None:
     """Create the MLflow run, or all of a sweep; a server that is down gets them from the jobs."""
-    from pipeline import tracking
-
-    if tracking.announce(run, TRACKING_SECONDS):
-        return True
-    log.warning(
-        "the tracking server does not answer: training keeps its journal, and the MLflow run of %s "
-        "is created when it does",
-        run,
-    )
-    return False
+    if not announce(run, TRACKING_SECONDS):
+        log.warning(
+            "the tracking server does not answer: training keeps its journal, and the MLflow run "
+            "of %s is created when it does",
+            run,
+        )
 
 
 def queue(

@@ -59,20 +59,20 @@ def start(
             "a sweep needs a scheduler: give --cluster with a cluster's name, or start the "
             "members by themselves"
         )
-    for run, config in runs.items():
-        submit.check(config, run, request)
-    submit.ask_site(request)
-    largest = largest_array()
-    experiment = next(iter(runs.values())).experiment
-    jobs: list[Job] = []
     with contextlib.ExitStack() as stack:
+        announce = stack.enter_context(tracking.announcer())
+        for run, config in runs.items():
+            submit.check(config, run, request)
+        submit.ask_site(request)
+        largest = largest_array()
+        experiment = next(iter(runs.values())).experiment
+        jobs: list[Job] = []
         folder.mkdir(parents=True, exist_ok=True)
         _track(folder, experiment)
         for run, config in runs.items():
             stack.enter_context(submit.made(config, run, folder))
         submit.snapshot(folder / "code")
-        if submit.announce(folder):
-            tracking.replay(folder, submit.TRACKING_SECONDS)  # the end of the parent
+        submit.tell(announce, folder)
         try:
             left = iter(runs.items())
             while chunk := dict(itertools.islice(left, largest)):

@@ -8,11 +8,11 @@ could not be sent is sent when the run is started again or `reprise ui` is calle
 from pipeline.tracking.tracker import (
     Status,
     Tracker,
-    announce,
+    announcer,
     history,
     replay,
     store_uri,
     ui_command,
 )
 
-__all__ = ["Status", "Tracker", "announce", "history", "replay", "store_uri", "ui_command"]
+__all__ = ["Status", "Tracker", "announcer", "history", "replay", "store_uri", "ui_command"]

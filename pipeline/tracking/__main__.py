@@ -1,4 +1,4 @@
-"""`python -m pipeline.tracking RUN_DIR PARENT_PID MODE`: the sender's process."""
+"""`python -m pipeline.tracking MODE PARENT_PID [RUN_DIR]`: the sender's process."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ from pipeline.tracking.sender import main
 
 if __name__ == "__main__":
     end_quickly()
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])))

@@ -161,8 +161,8 @@ def _leave_after(parent: int) -> None:
     os._exit(LEFT)
 
 
-def _announce(run_dir: Path) -> int:
-    """Creates the run, and those of the run directories within."""
+def _announce(run_dir: Path, parent: int) -> int:
+    """Creates the run, and those of the run directories within; one that has such is over."""
     identities = sorted(run_dir.glob(f"*/{journal.IDENTITY}"))
     try:
         for folder in (run_dir, *(path.parent for path in identities)):
@@ -170,31 +170,46 @@ def _announce(run_dir: Path) -> int:
     except Exception as error:  # whatever it is, the training will ask again
         log.warning("the run cannot be created now: %s: %s", type(error).__name__, error)
         return LEFT
-    return DRAINED
+    return Sender(run_dir, parent, follow=False).run() if identities else DRAINED
 
 
-def main(run_dir: Path, parent: int, mode: str) -> int:
+def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
     """Runs the one sender of a run directory; BUSY where it should not wait and one is at work.
 
     Mode `follow` goes on until the training ends; `finish` sends what is left right after it, and
     `drain` at any later time. `announce` only creates the run, for a training that is not started
-    yet. The first two wait for a sender that a killed training process left behind: it ends soon.
+    yet; it is told of which on its standard input. The first two wait for a sender that a killed
+    training process left behind: it ends soon.
     """
     # Ctrl-C and a scheduler's signals are for the training process, which decides when to end.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    follow = mode == "follow"
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with loading():
         import mlflow  # noqa: F401  before any thread: two at once can meet half-built modules
 
+    run_dir = run_dir or _told()
+    if run_dir is None:
+        return DRAINED
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
     try:
         with FileLock(run_dir / journal.LOCK, timeout=-1 if mode in ("follow", "finish") else 0):
             if mode == "announce":
-                return _announce(run_dir)
-            return Sender(run_dir, parent, follow).run()
+                return _announce(run_dir, parent)
+            return Sender(run_dir, parent, mode == "follow").run()
     except Timeout:
         return BUSY
+
+
+def _told() -> Path | None:
+    """The run directory that stands on standard input, whose log takes the output from now on."""
+    line = sys.stdin.buffer.readline().removesuffix(b"\n")
+    if not line:
+        return None
+    run_dir = Path(os.fsdecode(line))
+    with (run_dir / journal.LOG).open("ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    return run_dir

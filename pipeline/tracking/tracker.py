@@ -8,10 +8,10 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from pipeline.tracking import journal
@@ -19,6 +19,7 @@ from pipeline.tracking.journal import Identity, Journal, Record, Sent
 from pipeline.tracking.sender import BUSY, DRAINED
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Process = subprocess.Popen[bytes]
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Tracker:
         self._params: dict[str, str] = {}
         self._points: dict[int, frozenset[str]] = {}  # step -> names
         self._shared: dict[frozenset[str], frozenset[str]] = {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         path = self._run_dir / journal.JOURNAL
         self._journal = Journal(path)
         for record, _ in journal.read(path):
@@ -228,13 +229,23 @@ def replay(run_dir: Path, timeout: float = 60.0) -> bool:
     return _is_done(run_dir, code)
 
 
-def announce(run_dir: Path, timeout: float) -> bool:
-    """Creates the MLflow run of a training that waits to be started, and those of its members.
+@contextlib.contextmanager
+def announcer() -> Iterator[Callable[[Path, float], bool]]:
+    """Yields what tells MLflow of a training that waits to be started, and of those of its members.
 
-    False where no server answers.
+    It takes the run directory and seconds, and answers False where no server does. MLflow is loaded
+    in the background until then; what is not told of within leaves no trace.
     """
-    code = _end(_spawn(run_dir.resolve(), "announce"), time.monotonic() + timeout)
-    return code in (DRAINED, BUSY)
+    with _start("announce", subprocess.DEVNULL) as process:
+
+        def announce(run_dir: Path, timeout: float) -> bool:
+            code = _end(process, time.monotonic() + timeout, os.fsencode(run_dir.resolve()))
+            return code in (DRAINED, BUSY)
+
+        try:
+            yield announce
+        finally:
+            process.kill()
 
 
 def _left(run_dir: Path) -> int:
@@ -243,10 +254,14 @@ def _left(run_dir: Path) -> int:
     return sum(1 for name in offsets for _ in journal.read(run_dir / name, offsets[name]))
 
 
-def _spawn(
-    run_dir: Path, mode: Literal["follow", "finish", "drain", "announce"]
-) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "pipeline.tracking", str(run_dir), str(os.getpid()), mode]
+def _spawn(run_dir: Path, mode: Literal["follow", "finish", "drain"]) -> Process:
+    with (run_dir / journal.LOG).open("ab") as output:
+        return _start(mode, output, run_dir)
+
+
+def _start(mode: str, output: IO[bytes] | int, *run_dir: Path) -> Process:
+    """A sender; its output goes to a file or one of subprocess' special values."""
+    words = [mode, os.getpid(), *run_dir]
     # MLflow's own defaults would let one call to a dead server last four minutes.
     environment = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -254,24 +269,23 @@ def _spawn(
         "OMP_NUM_THREADS": "1",
         **os.environ,
     }
-    with (run_dir / journal.LOG).open("ab") as output:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            # Ctrl-C in the terminal is for the training process. No session of its own: Linux may
-            # share the cores between sessions before it looks at priorities.
-            process_group=0,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.tracking", *map(str, words)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        # Ctrl-C in the terminal is for the training process. No session of its own: Linux may
+        # share the cores between sessions before it looks at priorities.
+        process_group=0,
+    )
 
 
-def _end(process: "subprocess.Popen[bytes]", until: float) -> int:
+def _end(process: Process, until: float, last_word: bytes = b"") -> int:
     """Asks the sender to end, ends it at `until` (monotonic seconds), and answers its status."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(b"\n")
+        process.stdin.write(last_word + b"\n")
         process.stdin.close()
     try:
         return process.wait(max(0.0, until - time.monotonic()))

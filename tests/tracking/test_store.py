@@ -9,10 +9,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 from stores import Store, assert_steps_once, free_port, log_has, senders, wait_for
 
-from pipeline.tracking import Tracker, announce, history, replay
+from pipeline.tracking import Tracker, announcer, history, replay
 from pipeline.tracking.journal import Identity, Journal
 from pipeline.tracking.outlet import Outlet
 from pipeline.tracking.sender import DRAINED, LEFT, Sender
@@ -129,7 +130,7 @@ CRASH = """
             return whole(self, run_dir)
         os._exit(9)
     getattr(journal, sys.argv[2]).save = save
-    sender.main(pathlib.Path(sys.argv[1]), os.getppid(), "replay")
+    sender.main("drain", os.getppid(), pathlib.Path(sys.argv[1]))
 """
 
 
@@ -336,15 +337,25 @@ def test_a_sweep_is_announced_before_its_members_start(tmp_path):
     Tracker(sweep, run_name="sweep", experiment="digits", uri=uri).close("FINISHED")
     for name in ("a", "b"):
         Tracker(sweep / name, run_name=name, experiment="digits", uri=uri, parent=sweep)
-    assert announce(sweep, 60)
+    with announcer() as announce:
+        assert announce(sweep, 60)
     runs = {run.info.run_name: run for run in Store(uri).runs()}
-    assert {run.info.status for run in runs.values()} == {"SCHEDULED"}
+    states = {name: run.info.status for name, run in runs.items()}
+    assert states == {
+        "sweep": "FINISHED",
+        "a": "SCHEDULED",
+        "b": "SCHEDULED",
+    }  # it is over, not they
     parent = runs.pop("sweep").info.run_id
     assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [parent, parent]
     assert Identity.load(sweep / "a").run_id == runs["a"].info.run_id
-    assert replay(sweep, 60)  # the parent is over, its members are not
-    states = {run.info.run_name: run.info.status for run in Store(uri).runs()}
-    assert states == {"sweep": "FINISHED", "a": "SCHEDULED", "b": "SCHEDULED"}
+
+
+def test_what_is_not_announced_leaves_no_trace(store):
+    with announcer():
+        (process,) = (p for p in psutil.Process().children() if "announce" in p.cmdline())
+    assert not process.is_running()
+    assert store.runs() == []
 
 
 def test_a_member_finds_or_makes_its_parent_where_nobody_was_told(tmp_path):
@@ -361,5 +372,7 @@ def test_a_member_finds_or_makes_its_parent_where_nobody_was_told(tmp_path):
 
 def test_a_store_that_cannot_be_reached_is_no_obstacle_to_an_announcement(tmp_path):
     Tracker(tmp_path / "a", run_name="a", experiment="x", uri=f"http://127.0.0.1:{free_port()}")
-    assert not announce(tmp_path / "a", 60)
+    with announcer() as announce:
+        assert not announce(tmp_path / "a", 60)
+    assert log_has(tmp_path / "a", "the run cannot be created now")
     assert Identity.load(tmp_path / "a").run_id is None
