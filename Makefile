@@ -33,10 +33,10 @@ $(READY): requirements.lock pyproject.toml
 demo: setup
 	@$(BIN)/reprise demo --seed $(SEED)
 
-# What runs on a cluster has it to itself.
+# Jobs on a cluster get the cores to themselves, as few other tests leave them any.
 test: setup
 	@$(BIN)/python -m pytest --ignore tests/cluster --numprocesses logical --maxprocesses 4 --dist worksteal
-	@$(BIN)/python -m pytest tests/cluster
+	@$(BIN)/python -m pytest tests/cluster --numprocesses 2 --maxschedchunk 1
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from filelock import FileLock, ReadWriteLock
 
 from jobs.record import Job, newest_step
+from tests.conftest import ROOT
 from tests.jobs.command import ENTRY
 from tests.training.conftest import Trace, trace
 
@@ -28,14 +31,21 @@ checkpoints: {{every_steps: 5}}
 """
 HOME = Path("/run/reprise-lab")  # of the lab while it is up
 LAB = Path(__file__).resolve().parents[2] / "slurm" / "lab"
-TWO_NODES = ("--cluster", "lab", "--nodes", "2", "--gpus-per-node", "1", "--time", "10m")
+TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1", "--time", "10m")
+LATER = "later"  # a user's own profile of the lab, whose jobs wait until they are told to start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(4 * PATIENCE))  # several waits in a test
+            item.add_marker(pytest.mark.timeout(6 * PATIENCE))  # several waits in a test
+    # Those that cannot share the lab come last, when nothing is left that would wait for them.
+    items.sort(key=_needs_the_lab_alone)
+
+
+def _needs_the_lab_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +53,32 @@ def lab() -> None:
     """The lab, up: a test must not meet another cluster by accident."""
     if not HOME.is_dir():
         pytest.skip("needs the two-node lab: `make lab-up` as root, then `make test`")
+
+
+@pytest.fixture(autouse=True)
+def share(lab: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The lab, beside tests of other workers; what strikes all of its jobs has it alone."""
+    lock = ReadWriteLock(HOME / "tests.lock")
+    with lock.write_lock() if _needs_the_lab_alone(request.node) else lock.read_lock():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_profiles(lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A user's folder of profiles, with one more."""
+    profile = yaml.safe_load((ROOT / "slurm/clusters/lab.yaml").read_text())
+    home = tmp_path_factory.mktemp("config")
+    file = home / "reprise" / "clusters" / f"{LATER}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump(profile | {"sbatch": {"begin": "now+1hour"}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(home))
+        yield
+
+
+def start(job: str) -> None:
+    """Let a job go that was to begin later, or an array."""
+    slurm("scontrol", "update", f"JobId={job.split('_')[0]}", "StartTime=now")
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +91,14 @@ def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """What two local ranks train that nothing happens to."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = reprise("train", recipe, "--nproc", 2, "--run", "run", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    """What two local ranks train that nothing happens to; trained once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            folder.mkdir()
+            done = reprise("train", recipe, "--nproc", 2, "--run", "run", cwd=folder)
+            assert done.returncode == 0, done.stderr
     return trace(folder / "run")
 
 
@@ -148,18 +188,28 @@ class Submitted:
         return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in files)
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
+        return self._process("submitit.core._submit", SLURM_PROCID=str(number))
+
+    def batch_script(self) -> psutil.Process:
+        """The shell that waits for the ranks and then decides what comes next."""
+        return self._process("slurm_script")
+
+    def _process(self, word: str, **variables: str) -> psutil.Process:
+        """What SLURM started with such a word in its command line, and these variables."""
+        wanted = {"SLURM_JOB_ID": self.job.id, **variables}
         for process in psutil.process_iter():
             try:
-                environment = process.environ()
-                if environment.get("SLURM_JOB_ID") == self.job.id and (
-                    environment.get("SLURM_PROCID") == str(number)
-                    and "submitit.core._submit" in process.cmdline()
+                # srun has the ranks' command line and the first one's number, and is none of them.
+                started = (parent := process.parent()) and parent.name() == "slurmstepd"
+                if (
+                    started
+                    and wanted.items() <= process.environ().items()
+                    and (word in " ".join(process.cmdline()))
                 ):
                     return process
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        raise AssertionError(f"no rank {number} of job {self.job.id}")
+        raise AssertionError(f"job {self.job.id} has no process {word} with {variables}")
 
 
 def slurm(*command: str) -> str:
@@ -167,7 +217,7 @@ def slurm(*command: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_job_left(lab: None, tmp_path: Path) -> Iterator[None]:
+def no_job_left(share: None, tmp_path: Path) -> Iterator[None]:
     yield
     deadline = time.monotonic() + PATIENCE
     while left := jobs_of(tmp_path):
@@ -188,12 +238,12 @@ def jobs_of(folder: Path) -> list[str]:
 def submit(recipe: Path, tmp_path: Path) -> Callable[..., Submitted]:
     """Submit the recipe to two nodes."""
 
-    def call(*args: object, tracking: str | None = None) -> Submitted:
-        words = ["submit", recipe, *TWO_NODES, *args, "--run", "run"]
+    def call(*args: object, cluster: str = "lab", tracking: str | None = None) -> Submitted:
+        words = ["submit", recipe, "--cluster", cluster, *TWO_NODES, *args, "--run", "run"]
         done = reprise(*words, cwd=tmp_path, tracking=tracking)
         assert done.returncode == 0, done.stderr
         found = Submitted(tmp_path / "run")
-        assert f"job {found.job.id} on lab: run" in done.stdout
+        assert f"job {found.job.id} on {cluster}: run" in done.stdout
         return found
 
     return call

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.record import newest_step
 from pipeline.training.checkpoint import PARTIAL
-from tests.cluster.conftest import Submitted, jobs_of, reprise, slurm
+from tests.cluster.conftest import LATER, Submitted, jobs_of, reprise, slurm, start
 from tests.training.conftest import Trace, trace
 
 Submit = Callable[..., Submitted]
@@ -61,15 +61,12 @@ def stopped_in_a_save(run: Submitted, writer: psutil.Process) -> Path:
 
 def test_a_full_disk(submit: Submit, whole: Trace) -> None:
     """Training goes on without checkpoints; the last one it cannot do without."""
-    slurm("scontrol", "update", "partition=low", "state=down")
+    run = submit(cluster=LATER)
+    disk = run.run / "checkpoints"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
     try:
-        run = submit()
-        disk = run.run / "checkpoints"
-        disk.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
-    finally:
-        slurm("scontrol", "update", "partition=low", "state=up")
-    try:
+        start(run.job.id)
         run.trains()
         with pytest.raises(OSError, match="space"), (disk / "other").open("wb") as other:
             other.write(bytes(2**25))
@@ -79,6 +76,7 @@ def test_a_full_disk(submit: Submit, whole: Trace) -> None:
         (disk / "other").unlink()
         resumed = reprise("resume", "run", "--runs", ".", cwd=run.run.parent)
         assert resumed.returncode == 0, resumed.stderr
+        start(run.job.id)
         run.finished()
         assert trace(run.run) == whole
     finally:

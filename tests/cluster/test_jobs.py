@@ -16,7 +16,16 @@ import pytest
 
 from jobs.record import SAME_STEP, Job, newest_step
 from pipeline import tracking
-from tests.cluster.conftest import PATIENCE, SOON, TWO_NODES, Submitted, jobs_of, reprise, slurm
+from tests.cluster.conftest import (
+    LATER,
+    PATIENCE,
+    SOON,
+    Submitted,
+    jobs_of,
+    reprise,
+    slurm,
+    start,
+)
 from tests.conftest import ROOT
 from tests.training.conftest import Trace, trace
 
@@ -41,6 +50,21 @@ def row(run: Submitted) -> str:
 def history(run: Path) -> list[tuple[int, float]]:
     """Every step of a run with its loss."""
     return tracking.history(run)["train/loss"]
+
+
+def test_the_time_limit(submit: Submit) -> None:
+    run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
+                 "checkpoints.every_steps=9000")  # fmt: skip
+    run.until(lambda: "step 1 of" in run.log, "it trains")
+    for number in range(2):
+        run.rank(number).suspend()  # until SLURM wakes them to tell them: others have the cores
+    run.goes_on()
+    assert run.log.count("stopped with a checkpoint") == 1
+    cancelled = reprise("cancel", "run", cwd=run.run.parent)
+    assert cancelled.returncode == 0, cancelled.stderr
+    run.until(lambda: not jobs_of(run.run.parent), "the job has ended")
+    run.until(lambda: run.state.startswith("CANCELLED"), "the accounting knows")
+    assert run.restarts == 1
 
 
 def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
@@ -82,13 +106,10 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
 
 def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
     """The job runs the snapshot, and nothing else: it is broken, the installed code is not."""
-    slurm("scontrol", "update", "partition=low", "state=down")
-    try:
-        run = submit()
-        code = run.run / "code" / "pipeline" / "training" / "run.py"
-        code.write_text(code.read_text() + "\nraise RuntimeError('broken snapshot')\n")
-    finally:
-        slurm("scontrol", "update", "partition=low", "state=up")
+    run = submit(cluster=LATER)
+    code = run.run / "code" / "pipeline" / "training" / "run.py"
+    code.write_text(code.read_text() + "\nraise RuntimeError('broken snapshot')\n")
+    start(run.job.id)
     with pytest.raises(AssertionError, match="failed 3 times at step 0"):
         run.until(lambda: False, "it is given up")
     run_states = [failure.step for failure in run.job.failures]
@@ -132,11 +153,14 @@ def test_a_tracking_server_away_at_submission_in_mid_run_and_at_the_end(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     store, address = tmp_path / "store", f"http://127.0.0.1:{port}"
-    run = submit("train.epochs=9000", "train.evaluate_every=9000", tracking=address)
-    run.trains()
+    store.mkdir()
+    (tmp_path / "mlflow.db").rename(store / "mlflow.db")
+    run = submit("train.epochs=9000", "train.evaluate_every=9000", cluster=LATER, tracking=address)
     assert known_as(run) is None
     with served(store, port):
+        start(run.job.id)
         run.until(lambda: known_as(run), "the server has heard of the run")
+        run.trains()
     assert run.state == "RUNNING"
     run.trains()
     cancelled = reprise("cancel", "run", "--runs", ".", cwd=tmp_path)
@@ -161,20 +185,19 @@ def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_pa
     """In two arrays, because the lab takes no larger ones; the tenth member is mended alone."""
     small = ["train.epochs=1", "train.evaluate_every=1"]
     seeds = ",".join(map(str, range(10)))
-    slurm("scontrol", "update", "partition=low", "state=down")
-    try:
-        done = reprise(
-            "submit", recipe, "--sweep", f"seed={seeds}", *small, "--cluster", "lab",
-            "--gpus-per-node", 1, "--time", "10m", "--max-parallel", 2, "--run", "sweep",
-            cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (tmp_path / "sweep" / "seed=9" / "checkpoints").write_text("in the way")
-    finally:
-        slurm("scontrol", "update", "partition=low", "state=up")
+    done = reprise(
+        "submit", recipe, "--sweep", f"seed={seeds}", *small, "--cluster", LATER,
+        "--gpus-per-node", 1, "--time", "10m", "--max-parallel", 2, "--run", "sweep",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "sweep" / "seed=9" / "checkpoints").write_text("in the way")
     members = [Submitted(tmp_path / "sweep" / f"seed={seed}") for seed in range(10)]
     assert len({member.job.id for member in members}) == 10
-    assert len({member.job.id.split("_")[0] for member in members}) == 2
+    arrays = {member.job.id.split("_")[0] for member in members}
+    assert len(arrays) == 2
+    for array in arrays:
+        start(array)
     for member in members[:9]:
         member.finished()
     bad = members[9]
@@ -183,6 +206,7 @@ def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_pa
     (bad.run / "checkpoints").unlink()
     again = reprise("resume", "sweep/seed=9", "--runs", ".", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    start(bad.job.id)
     bad.finished()
     with sqlite3.connect(tmp_path / "mlflow.db") as rows:
         parents = rows.execute(
@@ -214,13 +238,13 @@ def test_the_same_job_without_submitit(recipe: Path, whole: Trace, tmp_path: Pat
 
 
 def test_drill_and_doctor(tmp_path: Path) -> None:
-    drilled = reprise("drill", *TWO_NODES[:2], "--quiet", cwd=tmp_path)
+    drilled = reprise("drill", "--cluster", "lab", "--quiet", cwd=tmp_path)
     assert drilled.returncode == 0, drilled.stderr
     assert "the same weights bit by bit" in drilled.stdout
     deadline = time.monotonic() + PATIENCE
     while jobs_of(tmp_path):
         assert time.monotonic() < deadline, "the drill leaves jobs behind"
         time.sleep(0.5)
-    examined = reprise("doctor", *TWO_NODES[:2], "--data", "runs/drill/digits", cwd=tmp_path)
+    examined = reprise("doctor", "--cluster", "lab", "--data", "runs/drill/digits", cwd=tmp_path)
     assert examined.returncode == 0, examined.stdout + examined.stderr
     assert "2 ranks on" in examined.stdout or "4 ranks on" in examined.stdout

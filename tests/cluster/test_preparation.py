@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cluster.conftest import PATIENCE, jobs_of, reprise, slurm
+from tests.cluster.conftest import LATER, PATIENCE, jobs_of, reprise, slurm, start
 from tests.jobs.command import ENTRY
 
-ARRAY = ("--cluster", "lab", "--workers", 3, "--time", "10m")
+ARRAY = ("--workers", 3, "--time", "10m")
 MISSING = Path("train/1/00031.png")
 
 
@@ -48,20 +48,22 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def waiting(images: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """The preparation with its jobs in the queue, where they stay for the length of the block."""
-    slurm("scontrol", "update", "partition=low", "state=down")
+    """The preparation with its jobs in the queue, which have to be told to start."""
     call = subprocess.Popen(
-        [sys.executable, "-c", ENTRY, *map(str, (*words(images), *ARRAY))],
+        [sys.executable, "-c", ENTRY, *map(str, (*words(images), *ARRAY, "--cluster", LATER))],
         cwd=folder, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        until(lambda: (folder / "set/.partial/jobs/queued").exists() or call.poll() is not None)
+        until(lambda: queued(folder) or call.poll() is not None)
         yield call
-        slurm("scontrol", "update", "partition=low", "state=up")
-        call.wait(PATIENCE)
     finally:
-        slurm("scontrol", "update", "partition=low", "state=up")
         call.kill()
+
+
+def queued(folder: Path) -> str:
+    """The number of the array, once there is one."""
+    file = folder / "set/.partial/jobs/queued"
+    return file.read_text().split("_")[0] if file.exists() else ""
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -74,7 +76,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_an_array_packs_the_same_bytes(
     images: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    done = reprise(*words(images), *ARRAY, cwd=tmp_path)
+    done = reprise(*words(images), *ARRAY, "--cluster", "lab", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "packs 10 shards" in done.stdout + done.stderr
     assert content(tmp_path / "set") == expected
@@ -87,6 +89,8 @@ def test_a_member_that_fails_is_named_and_the_same_command_goes_on(
     times = folder.stat()
     with waiting(images, tmp_path) as call:
         (images / MISSING).rename(aside)
+        start(queued(tmp_path))
+        call.wait(PATIENCE)
     assert call.stderr is not None
     said = call.stderr.read()
     assert call.returncode == 2, said
@@ -96,11 +100,12 @@ def test_a_member_that_fails_is_named_and_the_same_command_goes_on(
     assert len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 4  # the other members'
     aside.rename(images / MISSING)
     os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))  # or the source were another
-    done = reprise(*words(images), *ARRAY, cwd=tmp_path)
+    done = reprise(*words(images), *ARRAY, "--cluster", "lab", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "set") == expected
 
 
+@pytest.mark.alone
 def test_a_preempted_member_is_queued_again(
     images: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -111,7 +116,7 @@ def test_a_preempted_member_is_queued_again(
         (images / MISSING).rename(aside)
         os.mkfifo(images / MISSING)
         try:
-            slurm("scontrol", "update", "partition=low", "state=up")
+            start(queued(tmp_path))
             until(lambda: len(list(tmp_path.glob("set/.partial/records/*.json"))) >= 6)
             until(lambda: len(jobs_of(tmp_path)) == 1)
             (member,) = jobs_of(tmp_path)
@@ -121,6 +126,7 @@ def test_a_preempted_member_is_queued_again(
         finally:
             aside.replace(images / MISSING)
             os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+        call.wait(PATIENCE)
     assert call.stderr is not None
     assert call.returncode == 0, call.stderr.read()
     assert content(tmp_path / "set") == expected
@@ -132,16 +138,16 @@ def test_whoever_waits_is_ended(
 ) -> None:
     """Ctrl-C cancels the jobs; after `kill -9` the next call does."""
     with waiting(images, tmp_path) as call:
-        first = (tmp_path / "set/.partial/jobs/queued").read_text().split()
+        array = queued(tmp_path)
         call.send_signal(number)
         call.wait(PATIENCE)
         if number == signal.SIGINT:
             assert call.returncode == 130
             until(lambda: not jobs_of(tmp_path))
-    done = reprise(*words(images), *ARRAY, cwd=tmp_path)
+    done = reprise(*words(images), *ARRAY, "--cluster", "lab", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "set") == expected
-    states = slurm("sacct", "-nXP", "-o", "State", "-j", first[0].split("_")[0])
+    states = slurm("sacct", "-nXP", "-o", "State", "-j", array)
     if number == signal.SIGINT:
         assert {line.split()[0] for line in states.splitlines()} == {"CANCELLED"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import LAB, Submitted, jobs_of, reprise, slurm
+from tests.cluster.conftest import LAB, Submitted, reprise, slurm
 from tests.training.conftest import Trace, trace
 
 Submit = Callable[..., Submitted]
@@ -33,6 +33,7 @@ def test_two_nodes_train_as_two_local_ranks_do(
     assert "node[1-2]" in nodes
 
 
+@pytest.mark.alone
 def test_one_fault_after_another(submit: Submit, whole: Trace) -> None:
     """A job of higher priority, signals to one rank, a rank killed: each queues the job again once.
 
@@ -61,13 +62,21 @@ def test_one_fault_after_another(submit: Submit, whole: Trace) -> None:
     assert trace(run.run) == whole
 
 
+@pytest.mark.alone
 def test_a_controller_that_is_away_and_then_a_lost_node(submit: Submit, whole: Trace) -> None:
-    """The ranks stop while nobody answers; later all that runs on a node is killed at once."""
+    """Nobody answers when the ranks have stopped; later all that runs on a node is killed at once.
+
+    Not before they have: SLURM itself would wait a minute before it says again that they ended.
+    """
     run, node = submit(), "node2"
     run.trains()
     (controller,) = (p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmctld")
+    script = run.batch_script()
+    script.suspend()
     run.rank(1).send_signal(signal.SIGUSR2)
+    run.until(lambda: f"{run.job.id}.0" not in slurm("squeue", "-hs"), "the ranks have ended")
     controller.suspend()
+    script.resume()
     try:
         run.until(lambda: "asked again" in run.outputs(), "the job has no answer")
     finally:
@@ -96,15 +105,3 @@ def _files(process: psutil.Process) -> str:
         return " ".join(str(fd.readlink()) for fd in Path(f"/proc/{process.pid}/fd").iterdir())
     except (OSError, psutil.NoSuchProcess):
         return ""
-
-
-def test_the_time_limit(submit: Submit) -> None:
-    run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
-                 "checkpoints.every_steps=9000")  # fmt: skip
-    run.goes_on()
-    assert run.log.count("stopped with a checkpoint") == 1
-    cancelled = reprise("cancel", "run", cwd=run.run.parent)
-    assert cancelled.returncode == 0, cancelled.stderr
-    run.until(lambda: not jobs_of(run.run.parent), "the job has ended")
-    run.until(lambda: run.state.startswith("CANCELLED"), "the accounting knows")
-    assert run.restarts == 1
