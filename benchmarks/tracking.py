@@ -5,8 +5,9 @@
 One trainer, on batches held in memory and with a point of metrics for every step, tells in turn
 nobody, a sqlite store, a server that is down, and one that takes connections and never answers.
 Target: each at least 0.98 of the first. A machine may vary by more than that, so beside the median
-stands the range that holds it with 95 % confidence, and beside both what the parts take: a step
-loses at most the seconds it spends in telling, and those that a core works for the sender.
+stands the range that holds it with 95 % confidence, and beside both what the parts take: the time
+that a step spends in telling, and that of a core in the sender, which is stopped while others are
+measured and catches up in its rounds.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main(data: Path, model: str, batch_size: int, steps: int, rounds: int) -> No
         socket.socket() as silent,
         socket.socket() as closed,
     ):
-        folder = Path(name)
+        folder = Path(name).resolve()
         for server in (silent, closed):
             server.bind(("127.0.0.1", 0))
         silent.listen(64)

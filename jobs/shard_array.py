@@ -84,9 +84,9 @@ class ShardArray:
             return
         array = _Array(work.root / "jobs")
         array.cancel()  # of a call that was ended while it waited
-        array.queue(self._shares(pack, shards), self.request)
-        log.info("job %s packs %d shards", array.id, len(shards))
         try:
+            array.queue(self._shares(pack, shards), self.request)
+            log.info("job %s packs %d shards", array.id, len(shards))
             yield from _packed(work, shards, array)
         finally:
             try:

@@ -60,10 +60,6 @@ class Sender:
             try:
                 if self._step():
                     pause = POLL_SECONDS
-                    if not closing:
-                        # Starting is over, and what is left is little: training comes first now.
-                        # Not the idle policy, which on busy cores keeps the page waiting for hours.
-                        os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
                     continue
                 if closing:
                     self._close()
@@ -73,6 +69,9 @@ class Sender:
                 if closing and hopeless(error):
                     return LEFT
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            finally:
+                if not closing:
+                    _let_training_go_first()
             self._wait(pause)
 
     def _step(self) -> bool:
@@ -153,6 +152,15 @@ def _batch(path: Path, offset: int) -> tuple[list[Record], int]:
     return records, offset
 
 
+def _let_training_go_first() -> None:
+    """What is left once all is loaded and the run is known is little, and can wait a little.
+
+    Not the idle policy, which has no share at all of cores that other work keeps busy. The group is
+    this process with all of its threads; alone, "the process" would be the calling thread.
+    """
+    os.setpriority(os.PRIO_PGRP, 0, LOWEST_PRIORITY)
+
+
 def _leave_after(parent: int) -> None:
     """The last resort: no call that hangs may keep an orphan alive."""
     while os.getppid() == parent:
@@ -162,15 +170,18 @@ def _leave_after(parent: int) -> None:
 
 
 def _announce(run_dir: Path, parent: int) -> int:
-    """Creates the run, and those of the run directories within; one that has such is over."""
-    identities = sorted(run_dir.glob(f"*/{journal.IDENTITY}"))
+    """Creates the run, and those of the run directories within; one that has such is over then."""
+    members = [path.parent for path in sorted(run_dir.glob(f"*/{journal.IDENTITY}"))]
     try:
-        for folder in (run_dir, *(path.parent for path in identities)):
-            Outlet(folder, training=False).schedule()
+        Outlet(run_dir, training=False).schedule()
+        if members:
+            Sender(run_dir, parent, follow=False).run()
+        for member in members:
+            Outlet(member, training=False).schedule()
     except Exception as error:  # whatever it is, the training will ask again
         log.warning("the run cannot be created now: %s: %s", type(error).__name__, error)
         return LEFT
-    return Sender(run_dir, parent, follow=False).run() if identities else DRAINED
+    return DRAINED
 
 
 def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
@@ -185,13 +196,14 @@ def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
-    with loading():
-        import mlflow  # noqa: F401  before any thread: two at once can meet half-built modules
-
-    run_dir = run_dir or _told()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        with loading():
+            import mlflow  # noqa: F401  before any thread: two at once can meet half-built modules
+    finally:
+        run_dir = run_dir or _told()  # where it is also said what went wrong
     if run_dir is None:
         return DRAINED
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
     try:

@@ -239,7 +239,12 @@ def announcer() -> Iterator[Callable[[Path, float], bool]]:
     with _start("announce", subprocess.DEVNULL) as process:
 
         def announce(run_dir: Path, timeout: float) -> bool:
-            code = _end(process, time.monotonic() + timeout, os.fsencode(run_dir.resolve()))
+            try:
+                code = _end(process, time.monotonic() + timeout, os.fsencode(run_dir.resolve()))
+            except BaseException:  # whoever waits gives up, and may remove the run directory
+                process.kill()
+                process.wait()
+                raise
             return code in (DRAINED, BUSY)
 
         try:

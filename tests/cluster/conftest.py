@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(6 * PATIENCE))  # several waits in a test
+            # Several waits in a test; not counting the one for the lab.
+            item.add_marker(pytest.mark.timeout(4 * PATIENCE, func_only=True))
     # Those that cannot share the lab come last, when nothing is left that would wait for them.
     items.sort(key=_needs_the_lab_alone)
 
@@ -70,7 +71,8 @@ def own_profiles(lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     home = tmp_path_factory.mktemp("config")
     file = home / "reprise" / "clusters" / f"{LATER}.yaml"
     file.parent.mkdir(parents=True)
-    file.write_text(yaml.safe_dump(profile | {"sbatch": {"begin": "now+1hour"}}))
+    later = {"sbatch": {"begin": "now+1hour"}, "signal_delay_s": 20}
+    file.write_text(yaml.safe_dump(profile | later))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(home))
         yield
@@ -95,7 +97,8 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
+        if not (folder / "run" / "weights.safetensors").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             done = reprise("train", recipe, "--nproc", 2, "--run", "run", cwd=folder)
             assert done.returncode == 0, done.stderr
@@ -116,7 +119,7 @@ def reprise(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=3 * PATIENCE,  # some of them wait for jobs
     )
 
 

@@ -54,7 +54,8 @@ def history(run: Path) -> list[tuple[int, float]]:
 
 def test_the_time_limit(submit: Submit) -> None:
     run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
-                 "checkpoints.every_steps=9000")  # fmt: skip
+                 "checkpoints.every_steps=9000", cluster=LATER)  # fmt: skip
+    start(run.job.id)
     run.until(lambda: "step 1 of" in run.log, "it trains")
     for number in range(2):
         run.rank(number).suspend()  # until SLURM wakes them to tell them: others have the cores

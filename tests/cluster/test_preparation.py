@@ -55,6 +55,7 @@ def waiting(images: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     )  # fmt: skip
     try:
         until(lambda: queued(folder) or call.poll() is not None)
+        assert call.poll() is None, call.communicate()
         yield call
     finally:
         call.kill()

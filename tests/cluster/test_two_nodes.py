@@ -76,8 +76,8 @@ def test_a_controller_that_is_away_and_then_a_lost_node(submit: Submit, whole: T
     run.rank(1).send_signal(signal.SIGUSR2)
     run.until(lambda: f"{run.job.id}.0" not in slurm("squeue", "-hs"), "the ranks have ended")
     controller.suspend()
-    script.resume()
     try:
+        script.resume()
         run.until(lambda: "asked again" in run.outputs(), "the job has no answer")
     finally:
         controller.resume()

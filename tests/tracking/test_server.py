@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from stores import Store, assert_steps_once, log_has, wait_for
+from stores import Store, assert_steps_once, log_has, senders, wait_for
 
 from pipeline.tracking import history, replay
 
@@ -20,6 +20,8 @@ def test_a_server_that_comes_late_and_hangs_in_the_middle(server, gate, run_dir,
     one.metrics({"loss": 0.0, "broken": float("nan")}, 0)
     wait_for(lambda: log_has(run_dir, "cannot be sent now"))
     assert one.run_id is None
+    (sender,) = senders(run_dir)
+    wait_for(lambda: sender.nice() == 19)  # whoever is not answered does not disturb either
     gate.open()
     wait_for(lambda: one.run_id is not None)
     store = Store(f"http://127.0.0.1:{port}")
