@@ -26,7 +26,7 @@ name: tiny
 model: dr_resnet16
 data: {{path: {shards}, reader: torch, workers: 0, augment: {{crop: pad, size: 8}}}}
 optimizer: {{lr: 0.05, nesterov: true, weight_decay: 5.0e-4}}
-train: {{epochs: 30, batch_size: 16, evaluate_every: 30, log_every: 1}}
+train: {{epochs: 30, batch_size: 16, evaluate_every: 30, log_every: 10}}
 checkpoints: {{every_steps: 5}}
 """
 HOME = Path("/run/reprise-lab")  # of the lab while it is up

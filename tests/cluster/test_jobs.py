@@ -31,8 +31,8 @@ from tests.training.conftest import Trace, trace
 
 Submit = Callable[..., Submitted]
 ALIKE = ("model=resnet20", "model_options.sync_norm=true")
-LONG = ("train.epochs=50", "train.batch_size=32", "train.evaluate_every=50", "optimizer.lr=0.005",
-        "data.augment.size=16")  # fmt: skip
+LONG = ("train.epochs=50", "train.batch_size=32", "train.evaluate_every=50", "train.log_every=1",
+        "optimizer.lr=0.005", "data.augment.size=16")  # fmt: skip
 """100 steps of twice the images and four times the pixels: time enough for three commands while it
 trains; at a rate at which sums in another order do not grow into another loss (at 0.05 they do,
 to 9 % within 40 steps)."""
@@ -54,7 +54,7 @@ def history(run: Path) -> list[tuple[int, float]]:
 
 def test_the_time_limit(submit: Submit) -> None:
     run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
-                 "checkpoints.every_steps=9000", cluster=LATER)  # fmt: skip
+                 "train.log_every=1", "checkpoints.every_steps=9000", cluster=LATER)  # fmt: skip
     start(run.job.id)
     run.until(lambda: "step 1 of" in run.log, "it trains")
     for number in range(2):
@@ -156,7 +156,8 @@ def test_a_tracking_server_away_at_submission_in_mid_run_and_at_the_end(
     store, address = tmp_path / "store", f"http://127.0.0.1:{port}"
     store.mkdir()
     (tmp_path / "mlflow.db").rename(store / "mlflow.db")
-    run = submit("train.epochs=9000", "train.evaluate_every=9000", cluster=LATER, tracking=address)
+    run = submit("train.epochs=9000", "train.evaluate_every=9000", "train.log_every=1",
+                 cluster=LATER, tracking=address)  # fmt: skip
     assert known_as(run) is None
     with served(store, port):
         start(run.job.id)
