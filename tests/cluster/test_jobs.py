@@ -52,13 +52,25 @@ def history(run: Path) -> list[tuple[int, float]]:
     return tracking.history(run)["train/loss"]
 
 
+def test_drill_and_doctor(tmp_path: Path) -> None:
+    drilled = reprise("drill", "--cluster", "lab", "--quiet", cwd=tmp_path)
+    assert drilled.returncode == 0, drilled.stderr
+    assert "the same weights bit by bit" in drilled.stdout
+    deadline = time.monotonic() + PATIENCE
+    while jobs_of(tmp_path):
+        assert time.monotonic() < deadline, "the drill leaves jobs behind"
+        time.sleep(0.5)
+    examined = reprise("doctor", "--cluster", "lab", "--data", "runs/drill/digits", cwd=tmp_path)
+    assert examined.returncode == 0, examined.stdout + examined.stderr
+    assert "2 ranks on" in examined.stdout or "4 ranks on" in examined.stdout
+
+
 def test_the_time_limit(submit: Submit) -> None:
     run = submit("--time", "2m", "train.epochs=9000", "train.evaluate_every=9000",
                  "train.log_every=1", "checkpoints.every_steps=9000", cluster=LATER)  # fmt: skip
     start(run.job.id)
     run.until(lambda: "step 1 of" in run.log, "it trains")
-    for number in range(2):
-        run.rank(number).suspend()  # until SLURM wakes them to tell them: others have the cores
+    run.sleeps()
     run.goes_on()
     assert run.log.count("stopped with a checkpoint") == 1
     cancelled = reprise("cancel", "run", cwd=run.run.parent)
@@ -103,6 +115,42 @@ def test_two_nodes_one_node_two_nodes(submit: Submit, recipe: Path) -> None:
         window = range(first, first + 10)
         mean = sum(theirs[step] for step in window) / 10
         assert abs(sum(ours[step] for step in window) / 10 - mean) < 0.02 * mean
+
+
+def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_path: Path) -> None:
+    """In two arrays, because the lab takes no larger ones; the tenth member is mended alone."""
+    small = ["train.epochs=1", "train.evaluate_every=1"]
+    seeds = ",".join(map(str, range(10)))
+    done = reprise(
+        "submit", recipe, "--sweep", f"seed={seeds}", *small, "--cluster", LATER,
+        "--gpus-per-node", 1, "--time", "10m", "--max-parallel", 2, "--run", "sweep",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "sweep" / "seed=9" / "checkpoints").write_text("in the way")
+    members = [Submitted(tmp_path / "sweep" / f"seed={seed}") for seed in range(10)]
+    assert len({member.job.id for member in members}) == 10
+    arrays = {member.job.id.split("_")[0] for member in members}
+    assert len(arrays) == 2
+    for array in arrays:
+        start(array)
+    for member in members[:9]:
+        member.finished()
+    bad = members[9]
+    with pytest.raises(AssertionError, match="status 2"):
+        bad.until(lambda: False, "it is given up")
+    (bad.run / "checkpoints").unlink()
+    again = reprise("resume", "sweep/seed=9", "--runs", ".", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    start(bad.job.id)
+    bad.finished()
+    with sqlite3.connect(tmp_path / "mlflow.db") as rows:
+        parents = rows.execute(
+            "select value, count(*) from tags where key = 'mlflow.parentRunId' group by value"
+        ).fetchall()
+        (finished,) = rows.execute("select count(*) from runs where status = 'FINISHED'").fetchone()
+    assert [count for _, count in parents] == [10]
+    assert finished == 11  # the parent too
 
 
 def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
@@ -183,42 +231,6 @@ def known_as(run: Submitted) -> str | None:
     return json.loads((run.run / "tracking.json").read_text())["run_id"]
 
 
-def test_a_sweep_of_ten_with_one_that_fails(submit: Submit, recipe: Path, tmp_path: Path) -> None:
-    """In two arrays, because the lab takes no larger ones; the tenth member is mended alone."""
-    small = ["train.epochs=1", "train.evaluate_every=1"]
-    seeds = ",".join(map(str, range(10)))
-    done = reprise(
-        "submit", recipe, "--sweep", f"seed={seeds}", *small, "--cluster", LATER,
-        "--gpus-per-node", 1, "--time", "10m", "--max-parallel", 2, "--run", "sweep",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "sweep" / "seed=9" / "checkpoints").write_text("in the way")
-    members = [Submitted(tmp_path / "sweep" / f"seed={seed}") for seed in range(10)]
-    assert len({member.job.id for member in members}) == 10
-    arrays = {member.job.id.split("_")[0] for member in members}
-    assert len(arrays) == 2
-    for array in arrays:
-        start(array)
-    for member in members[:9]:
-        member.finished()
-    bad = members[9]
-    with pytest.raises(AssertionError, match="status 2"):
-        bad.until(lambda: False, "it is given up")
-    (bad.run / "checkpoints").unlink()
-    again = reprise("resume", "sweep/seed=9", "--runs", ".", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    start(bad.job.id)
-    bad.finished()
-    with sqlite3.connect(tmp_path / "mlflow.db") as rows:
-        parents = rows.execute(
-            "select value, count(*) from tags where key = 'mlflow.parentRunId' group by value"
-        ).fetchall()
-        (finished,) = rows.execute("select count(*) from runs where status = 'FINISHED'").fetchone()
-    assert [count for _, count in parents] == [10]
-    assert finished == 11  # the parent too
-
-
 def test_the_same_job_without_submitit(recipe: Path, whole: Trace, tmp_path: Path) -> None:
     """Stopped once on its way, as by a preemption."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -237,16 +249,3 @@ def test_the_same_job_without_submitit(recipe: Path, whole: Trace, tmp_path: Pat
     run.goes_on()
     run.finished()
     assert trace(run.run) == whole
-
-
-def test_drill_and_doctor(tmp_path: Path) -> None:
-    drilled = reprise("drill", "--cluster", "lab", "--quiet", cwd=tmp_path)
-    assert drilled.returncode == 0, drilled.stderr
-    assert "the same weights bit by bit" in drilled.stdout
-    deadline = time.monotonic() + PATIENCE
-    while jobs_of(tmp_path):
-        assert time.monotonic() < deadline, "the drill leaves jobs behind"
-        time.sleep(0.5)
-    examined = reprise("doctor", "--cluster", "lab", "--data", "runs/drill/digits", cwd=tmp_path)
-    assert examined.returncode == 0, examined.stdout + examined.stderr
-    assert "2 ranks on" in examined.stdout or "4 ranks on" in examined.stdout

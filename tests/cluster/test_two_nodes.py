@@ -41,6 +41,7 @@ def test_one_fault_after_another(submit: Submit, whole: Trace) -> None:
     """
     run = submit("checkpoints.every_steps=2")
     run.trains()
+    run.sleeps()
     slurm("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null",
           "--wrap", "sleep 2")  # fmt: skip
     run.goes_on()
