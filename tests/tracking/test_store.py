@@ -346,11 +346,8 @@ def test_a_sweep_is_announced_before_its_members_start(tmp_path):
         assert announce(sweep, 60)
     runs = {run.info.run_name: run for run in Store(uri).runs()}
     states = {name: run.info.status for name, run in runs.items()}
-    assert states == {
-        "sweep": "FINISHED",
-        "a": "SCHEDULED",
-        "b": "SCHEDULED",
-    }  # it is over, not they
+    # The parent is over, its members are not.
+    assert states == {"sweep": "FINISHED", "a": "SCHEDULED", "b": "SCHEDULED"}
     parent = runs.pop("sweep").info.run_id
     assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [parent, parent]
     assert Identity.load(sweep / "a").run_id == runs["a"].info.run_id
