@@ -62,6 +62,9 @@ class DaliReader:
             decoded.close()
             self._shards.close()
 
+    def close(self) -> None:
+        self._emptied = None
+
     def _decode(
         self, epoch: int, first_step: int
     ) -> Generator[tuple[Any, list[Sample]], None, None]:

@@ -65,6 +65,9 @@ class Reader(Protocol):
         Raises ValueError naming shard, key and offset of a sample that cannot be used.
         """
 
+    def close(self) -> None:
+        """Let go of what the reader keeps from one pass to the next."""
+
 
 class Loader:
     """Batches of a plan in its order, and the position in them.
@@ -124,7 +127,7 @@ class Loader:
 
         One pass at a time: to begin another ends the one before.
         """
-        self.close()
+        self._end_pass()
         if not isinstance(self.plan, BatchPlan):
             self._epoch, self._step = 0, 0
         batches = self._rest()
@@ -132,7 +135,11 @@ class Loader:
         return batches
 
     def close(self) -> None:
-        """Stop the pass that is under way, with its threads, processes and open files."""
+        """Stop reading: no thread, process or open file is left; a further pass starts anew."""
+        self._end_pass()
+        self._reader.close()
+
+    def _end_pass(self) -> None:
         running = self._running() if self._running is not None else None
         if running is not None:
             running.close()

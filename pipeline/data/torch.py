@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.context
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import get_worker_info
 
 from pipeline.data.augment import Transform
 from pipeline.data.loader import Decoded
+from pipeline.data.order import BatchPlan
 from pipeline.data.shards import ShardError, ShardSet
 
 AHEAD = 2  # batches per worker process
@@ -21,7 +23,8 @@ AHEAD = 2  # batches per worker process
 class TorchReader:
     """Samples in planned order through a webdataset pipeline, decoded and cut by torchvision.
 
-    `workers` processes take whole batches in turn; 0: all in the calling process.
+    `workers` processes take whole batches in turn; 0: all in the calling process. In training they
+    go on from epoch to epoch: to start them takes longer than a small set's epoch.
     """
 
     def __init__(
@@ -31,20 +34,53 @@ class TorchReader:
         self._transform = transform
         self._workers = workers
         self._device = device
+        # The epoch that comes next, and its batches.
+        self._ahead: tuple[int, Generator[Decoded | ShardError, None, None]] | None = None
 
     def batches(self, epoch: int, first_step: int) -> Generator[Decoded, None, None]:
-        import webdataset as wds
-
-        steps = self._transform.plan.steps_per_epoch - first_step
+        plan = self._transform.plan
+        steps = plan.steps_per_epoch - first_step
         if steps <= 0:
             return
+        items = self._from(epoch, first_step)
+        try:
+            for item in itertools.islice(items, steps):
+                if isinstance(item, ShardError):
+                    raise item
+                yield Decoded(self._upload(item.images), item.labels, item.keys)
+            if isinstance(plan, BatchPlan):
+                self._ahead = epoch + 1, items
+        finally:
+            if self._ahead is None:
+                items.close()
+            self._shards.close()
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].close()
+            self._ahead = None
+
+    def _from(self, epoch: int, first_step: int) -> Generator[Decoded | ShardError, None, None]:
+        """The items of an epoch from a step on, in training those of the epochs after it too."""
+        if self._ahead is not None and (self._ahead[0], 0) == (epoch, first_step):
+            items = self._ahead[1]
+            self._ahead = None
+            return items
+        self.close()
+        return self._start(epoch, first_step)
+
+    def _start(self, epoch: int, first_step: int) -> Generator[Decoded | ShardError, None, None]:
+        import webdataset as wds
+
+        plan, workers = self._transform.plan, self._workers
+        if not isinstance(plan, BatchPlan):
+            workers = min(workers, plan.steps_per_epoch - first_step)
         pipeline = wds.DataPipeline(
             _PlannedSamples(self._shards, self._transform, epoch, first_step),
             wds.map(_Decode(self._transform)),
-            wds.batched(self._transform.plan.batch_size, collation_fn=_collate, partial=True),
+            wds.batched(plan.batch_size, collation_fn=_collate, partial=True),
             _errors_as_items,
         )
-        workers = min(self._workers, steps)
         loader = wds.WebLoader(
             pipeline,
             batch_size=None,
@@ -55,15 +91,8 @@ class TorchReader:
             # would shift the gates' noise in a resumed run.
             generator=torch.Generator(),
         )
-        batches = iter(loader)
-        try:
-            for item in batches:
-                if isinstance(item, ShardError):
-                    raise item
-                yield Decoded(self._upload(item.images), item.labels, item.keys)
-        finally:
-            batches.close()
-            self._shards.close()
+        batches: Generator[Decoded | ShardError, None, None] = iter(loader)
+        return batches
 
     def _upload(self, images: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -73,7 +102,10 @@ class TorchReader:
 
 @dataclass(frozen=True)
 class _PlannedSamples:
-    """Source of a webdataset pipeline: this worker's batches, sample by sample."""
+    """Source of a webdataset pipeline: this worker's batches, sample by sample.
+
+    From a step of an epoch to the end of evaluation's only one, in training without end.
+    """
 
     shards: ShardSet
     transform: Transform
@@ -84,12 +116,16 @@ class _PlannedSamples:
         plan = self.transform.plan
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for step in range(self.first_step + number, plan.steps_per_epoch, count):
-            rows = plan.rows(self.epoch, step)
+        for batch in itertools.count(self.first_step + number, count):
+            later, step = divmod(batch, plan.steps_per_epoch)
+            if later and not isinstance(plan, BatchPlan):
+                return
+            epoch = self.epoch + later
+            rows = plan.rows(epoch, step)
             samples = self.shards.read(rows.samples)
             sizes = self.shards.image_sizes(samples)
             if self.transform.flip or self.transform.crop != "none":
-                geometry = self.transform.geometry(self.epoch, rows, sizes)
+                geometry = self.transform.geometry(epoch, rows, sizes)
                 boxes, flips = geometry.boxes.tolist(), geometry.flips.tolist()
             else:
                 boxes, flips = [None] * len(samples), [False] * len(samples)
@@ -122,18 +158,32 @@ class _Decode:
         return self._cut(image, item["box"], item["flip"]), item["cls"], item["__key__"]
 
     def _cut(self, image: torch.Tensor, box: list[int] | None, flip: bool) -> torch.Tensor:
-        from torchvision.transforms.v2 import functional
-
         transform = self.transform
         if transform.crop != "none":
             assert box is not None
-            image = functional.crop(image, *box)
+            image = _crop(image, *box)
         if transform.resize is not None:
+            from torchvision.transforms.v2 import functional
+
             image = functional.resize(image, [transform.resize, transform.resize], antialias=True)
         if transform.margin:
             margin, size = transform.margin, transform.size
-            image = functional.crop(image, margin, margin, size, size)
-        return functional.horizontal_flip(image) if flip else image
+            image = image[:, margin : margin + size, margin : margin + size]
+        return image.flip(-1) if flip else image
+
+
+def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+    """The box, zero where it reaches outside the image.
+
+    torchvision's own takes longer than to decode an image of CIFAR's size.
+    """
+    inside = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if inside.shape[1:] == (height, width):
+        return inside
+    box = image.new_zeros(len(image), height, width)
+    y, x = max(-top, 0), max(-left, 0)
+    box[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    return box
 
 
 def _clean_processes() -> multiprocessing.context.ForkServerContext:

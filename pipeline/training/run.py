@@ -91,6 +91,7 @@ def _run_owned(
     try:
         trainer = _build(planned, directory, world, tracker, display, stop_requested)
         outcome = trainer.train(stop_after)
+        trainer.loader.close()
         if outcome is Outcome.FINISHED and planned.config.pull:
             _consolidate(planned, trainer, directory, tracker)
         if world.is_main and outcome is Outcome.FINISHED:

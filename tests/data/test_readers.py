@@ -251,6 +251,35 @@ def test_a_pass_broken_off_leaves_no_thread_and_no_process(plain, reader, worker
         next(batches)
 
 
+@readers
+def test_a_loader_that_has_ended_a_pass_can_be_set_back(plain, reader, workers):
+    loader = training(plain, reader, workers)
+    first = list(loader)
+    loader.load_state_dict({"epoch": 0, "step": 0})
+    assert_same(loader, first)
+
+
+@readers
+def test_a_closed_loader_keeps_nothing_for_the_next_pass(plain, reader, workers):
+    others = set(threading.enumerate())
+    loader = training(plain, reader, workers)
+    first = list(loader)
+    loader.close()
+    assert_nothing_runs(others)
+    assert_same([*first, *loader], list(itertools.chain(*[training(plain, "torch", 0)] * 2)))
+
+
+def test_worker_processes_serve_the_next_pass(plain):
+    loader = training(plain, "torch", 2)
+    passes = []
+    for _ in range(2):
+        list(loader)
+        passes.append({process.pid for process in multiprocessing.active_children()})
+    loader.close()
+    assert len(passes[0]) == 2
+    assert passes[0] == passes[1]
+
+
 def assert_nothing_runs(others):
     for thread in set(threading.enumerate()) - others:
         thread.join(10)
