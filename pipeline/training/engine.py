@@ -85,7 +85,7 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.ERROR)
 
         if world.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self.model = model
         self.world = world
         self._inner = optim.build(self.model, config.optimizer)
@@ -99,6 +99,8 @@ class Engine:
             config=_deepspeed_config(config, world),
             dist_init_required=False,
         )
+        # DeepSpeed copies every gradient to a buffer and back to sum it, over a single rank too.
+        self._engine.enable_backward_allreduce = self._zero or world.world_size > 1
         self._scale: LossScale | None = None
         if self._zero and config.train.precision == "fp16":
             self._scale = LossScale()
@@ -294,7 +296,7 @@ class Engine:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for the next step's activations.
 
     glibc gives large blocks back to the system when they are freed; to get them again costs a page

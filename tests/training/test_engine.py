@@ -67,6 +67,12 @@ def test_a_rank_does_not_load_mlflow_and_still_could() -> None:
     assert done.stdout == "False True\n"
 
 
+def test_a_single_rank_sums_its_gradients_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = engine()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: pytest.fail("summed"))
+    assert norm(step(alone)) > 0
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_accumulated_halves_make_the_step_of_the_whole(zero_stage: int) -> None:
     whole = step(engine(**{"train.zero_stage": zero_stage}))
