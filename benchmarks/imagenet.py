@@ -45,6 +45,7 @@ from data_prep.sources.imagenet import TRAIN_ARCHIVE, ImageNetSource
 from pipeline.config import Augmentation
 from pipeline.data import train_loader
 from pipeline.distributed import World
+from pipeline.training.engine import keep_freed_memory
 
 SIZE, BATCH = streaming_peer.SIZE, streaming_peer.BATCH
 RESIZED = ("--resize-short", str(streaming_peer.SHORT), "--quality", str(streaming_peer.QUALITY))
@@ -376,6 +377,7 @@ def loading(
     """Random resized crops of 224 pixels, from unchanged and from resized shards."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
+    keep_freed_memory()  # as training does, here for every contestant
     before = machine()
     with nested(images, 1, work) as root:
         sets = {name: root.parent / name for name in ("unchanged", "resized")}
@@ -460,6 +462,7 @@ def cost(images: Path, work: Path | None, batches: int, rounds: int) -> None:
         figures = alternate(
             {name: partial(_rate, run, count) for name, run in preparation.items()}, rounds
         )
+        keep_freed_memory()  # as training does, here for every contestant
         loaders = {
             f"{reader} reader, {name}": partial(our_loader, root.parent / name, reader, 0)
             for name in sets

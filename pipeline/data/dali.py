@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.data.augment import Geometry, Transform
+from pipeline.data.augment import Geometry, Transform, resize
 from pipeline.data.loader import Decoded
 from pipeline.data.prefetch import prefetch
 from pipeline.data.shards import Sample, ShardSet
@@ -31,7 +33,9 @@ class _Encoded:
 class DaliReader:
     """Encoded bytes and drawn boxes in, decoded batches out.
 
-    `workers` threads decode; one more reads ahead. On CUDA, JPEGs are decoded on the device.
+    `workers` threads decode; one more reads ahead. On CUDA, JPEGs are decoded and resized on the
+    device. On CPUs, where DALI takes four times as long as torchvision to resize an image, DALI
+    hands the crops over, and as many threads again resize them.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class DaliReader:
         self._transform = transform
         self._threads = max(workers, 1)
         self._device = device
+        self._resizes = device.type == "cpu" and transform.resize is not None
         # Building takes seconds on CUDA, so a pipeline that was emptied serves the next pass.
         self._emptied: Any = None
 
@@ -68,23 +73,44 @@ class DaliReader:
     def _decode(
         self, epoch: int, first_step: int
     ) -> Generator[tuple[Any, list[Sample]], None, None]:
-        """DALI's output tensors; while one batch is decoded the next is read."""
+        """Tensors of decoded images; while one batch is decoded the next is read."""
         pipeline, self._emptied = self._emptied or self._build(), None
-        scheduled: list[Sample] = []
-        for step in range(first_step, self._transform.plan.steps_per_epoch):
-            encoded = self._read(epoch, step)
-            # A batch that cannot be decoded may already be noticed when the next is scheduled.
-            with _naming_the_culprit([*scheduled, *encoded.samples]):
-                self._feed(pipeline, encoded)
-                pipeline.schedule_run()
-                images = _output(pipeline) if scheduled else None
-            if images is not None:
-                yield images, scheduled
-            scheduled = encoded.samples
-        with _naming_the_culprit(scheduled):
-            images = _output(pipeline)
-        self._emptied = pipeline
-        yield images, scheduled
+        scheduled = _Encoded([], None)
+        with ThreadPoolExecutor(self._threads) if self._resizes else nullcontext() as threads:
+            for step in range(first_step, self._transform.plan.steps_per_epoch):
+                encoded = self._read(epoch, step)
+                # A batch that cannot be decoded may already be noticed when the next is scheduled.
+                with _naming_the_culprit([*scheduled.samples, *encoded.samples]):
+                    self._feed(pipeline, encoded)
+                    pipeline.schedule_run()
+                    images = _output(pipeline) if scheduled.samples else None
+                if images is not None:
+                    yield self._arranged(images, scheduled, threads), scheduled.samples
+                scheduled = encoded
+            with _naming_the_culprit(scheduled.samples):
+                images = _output(pipeline)
+            self._emptied = pipeline
+            yield self._arranged(images, scheduled, threads), scheduled.samples
+
+    def _arranged(self, images: Any, encoded: _Encoded, threads: ThreadPoolExecutor | None) -> Any:
+        """A batch in one tensor (n, height, width, channels), resized where DALI did not do it."""
+        if threads is None:
+            return images.as_tensor()
+        transform, geometry = self._transform, encoded.geometry
+        side, centre = transform.resize, slice(transform.margin, transform.margin + transform.size)
+        assert side is not None
+        batch = np.empty((len(images), transform.size, transform.size, 3), np.uint8)
+
+        def resize_every(first: int) -> None:
+            for number in range(first, len(images), self._threads):
+                image = torch.from_numpy(np.asarray(images[number]))
+                # By numpy from here: torch would start threads of its own in each of these.
+                resized = _whole_pixels(resize(image, side).numpy()[centre, centre])
+                flip = geometry is not None and geometry.flips[number]
+                _whole_pixels(batch[number])[:] = resized[:, ::-1] if flip else resized
+
+        list(threads.map(resize_every, range(self._threads)))
+        return torch.from_numpy(batch)
 
     def _read(self, epoch: int, step: int) -> _Encoded:
         transform = self._transform
@@ -104,7 +130,7 @@ class DaliReader:
             pipeline.feed_input("corner", np.ascontiguousarray(boxes[:, :2]))
         if self._transform.crop == "random_resized":
             pipeline.feed_input("shape", np.ascontiguousarray(boxes[:, 2:]))
-        if self._transform.flip:
+        if self._transform.flip and not self._resizes:
             pipeline.feed_input("flip", encoded.geometry.flips.astype(np.int32))
 
     def _build(self) -> Any:
@@ -121,7 +147,8 @@ class DaliReader:
             prefetch_queue_depth=1,
         )
         with pipeline:
-            pipeline.set_outputs(_graph(self._transform, "mixed" if cuda else "cpu"))
+            images = _crops(self._transform, "mixed" if cuda else "cpu")
+            pipeline.set_outputs(images if self._resizes else _arranged(self._transform, images))
         pipeline.build()
         return pipeline
 
@@ -131,12 +158,16 @@ class DaliReader:
         return min(plan.batch_size, plan.samples)
 
 
-def _graph(transform: Transform, decoder: str) -> Any:
-    """Encoded bytes to (size, size, channels) uint8, one node per step of the transform."""
+def _given(name: str, ndim: int) -> Any:
+    """What is fed before each run."""
     from nvidia.dali import fn, types
 
-    def given(name: str, ndim: int) -> Any:
-        return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
+    return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
+
+
+def _crops(transform: Transform, decoder: str) -> Any:
+    """Encoded bytes to (height, width, channels) uint8, cut where the transform cuts."""
+    from nvidia.dali import fn, types
 
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     # Orientation tags are left alone and chroma is interpolated, as Pillow and torchvision do.
@@ -146,31 +177,49 @@ def _graph(transform: Transform, decoder: str) -> Any:
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,
     }
-    size = [transform.size, transform.size]
     if transform.crop == "random_resized":
         images = fn.decoders.image_slice(
-            encoded, start=given("corner", 1), shape=given("shape", 1), axes=[0, 1], **decoding
+            encoded, start=_given("corner", 1), shape=_given("shape", 1), axes=[0, 1], **decoding
         )
     else:
         images = fn.decoders.image(encoded, **decoding)
     if transform.crop == "pad":
         images = fn.slice(
             images,
-            start=given("corner", 1),
-            shape=size,
+            start=_given("corner", 1),
+            shape=[transform.size, transform.size],
             axes=[0, 1],
             out_of_bounds_policy="pad",
             fill_values=0,
         )
+    return images
+
+
+def _arranged(transform: Transform, images: Any) -> Any:
+    """The crops to (size, size, channels), one node per step of the transform."""
+    from nvidia.dali import fn, types
+
     if transform.resize is not None:
-        resize = [transform.resize, transform.resize]
-        images = fn.resize(images, size=resize, interp_type=types.INTERP_LINEAR, antialias=True)
+        side = [transform.resize, transform.resize]
+        images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
     if transform.margin:
-        margin = [transform.margin, transform.margin]
+        size, margin = [transform.size] * 2, [transform.margin] * 2
         images = fn.slice(images, start=margin, shape=size, axes=[0, 1])
     if transform.flip:
-        images = fn.flip(images, horizontal=given("flip", 0))
+        images = fn.flip(images, horizontal=_given("flip", 0))
     return images
+
+
+def _output(pipeline: Any) -> Any:
+    """The oldest scheduled batch, a list of tensors in memory of its own."""
+    (images,) = pipeline.share_outputs()
+    pipeline.release_outputs()
+    return images
+
+
+def _whole_pixels(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """(height, width, 3) as (height, width), which numpy turns round in half the time."""
+    return image.view("V3")[..., 0]
 
 
 def _keep_until_used(images: torch.Tensor, in_use: deque[tuple[torch.Tensor, Any]]) -> None:
@@ -180,13 +229,6 @@ def _keep_until_used(images: torch.Tensor, in_use: deque[tuple[torch.Tensor, Any
     in_use.append((images, event))
     if len(in_use) > AHEAD:
         in_use.popleft()[1].synchronize()
-
-
-def _output(pipeline: Any) -> Any:
-    """The oldest scheduled batch, (n, height, width, channels) uint8, in memory of its own."""
-    (images,) = pipeline.share_outputs()
-    pipeline.release_outputs()
-    return images.as_tensor()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image
 
 from data_prep.files import OpenFiles
@@ -174,8 +175,12 @@ def _parse_index(shard: Shard, root: Path) -> tuple[npt.NDArray[np.int64], npt.N
 
 
 def _header_size(sample: Sample) -> tuple[int, int]:
+    """Height and width."""
     try:
+        if sample.extension == "jpg":  # fifteen times as fast as Pillow
+            height, width, *_ = simplejpeg.decode_jpeg_header(sample.data)
+            return height, width
         with Image.open(io.BytesIO(sample.data.tobytes())) as image:
             return image.height, image.width
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise sample.undecodable() from error

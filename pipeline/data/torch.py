@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from pipeline.data.augment import Transform
+from pipeline.data.augment import Transform, resize
 from pipeline.data.loader import Decoded
 from pipeline.data.order import BatchPlan
 from pipeline.data.shards import ShardError, ShardSet
@@ -143,7 +143,7 @@ class _PlannedSamples:
 
 @dataclass(frozen=True)
 class _Decode:
-    """One encoded sample to its (channels, size, size) uint8 image, label and key."""
+    """One encoded sample to its (size, size, channels) uint8 image, label and key."""
 
     transform: Transform
 
@@ -155,6 +155,8 @@ class _Decode:
             image = decode_image(torch.from_numpy(item["sample"].data), mode)
         except RuntimeError as error:
             raise item["sample"].undecodable() from error
+        # So it lies in memory already: nothing is rearranged on the way to the batch.
+        image = image.permute(1, 2, 0)
         return self._cut(image, item["box"], item["flip"]), item["cls"], item["__key__"]
 
     def _cut(self, image: torch.Tensor, box: list[int] | None, flip: bool) -> torch.Tensor:
@@ -163,26 +165,24 @@ class _Decode:
             assert box is not None
             image = _crop(image, *box)
         if transform.resize is not None:
-            from torchvision.transforms.v2 import functional
-
-            image = functional.resize(image, [transform.resize, transform.resize], antialias=True)
+            image = resize(image, transform.resize)
         if transform.margin:
             margin, size = transform.margin, transform.size
-            image = image[:, margin : margin + size, margin : margin + size]
-        return image.flip(-1) if flip else image
+            image = _crop(image, margin, margin, size, size)
+        return image.flip(1) if flip else image
 
 
 def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
-    """The box, zero where it reaches outside the image.
+    """The box, zero where it reaches outside the image (height, width, channels).
 
     torchvision's own takes longer than to decode an image of CIFAR's size.
     """
-    inside = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
-    if inside.shape[1:] == (height, width):
+    inside = image[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if inside.shape[:2] == (height, width):
         return inside
-    box = image.new_zeros(len(image), height, width)
+    box = image.new_zeros(height, width, image.shape[2])
     y, x = max(-top, 0), max(-left, 0)
-    box[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    box[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
     return box
 
 
@@ -200,7 +200,7 @@ def _clean_processes() -> multiprocessing.context.ForkServerContext:
 def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:
     images, labels, keys = zip(*items, strict=True)
     return Decoded(
-        torch.stack(images).permute(0, 2, 3, 1).contiguous(),
+        torch.stack(images),
         np.array(labels, dtype=np.int64),
         tuple(keys),
     )
