@@ -334,6 +334,11 @@ class Train(_Section):
     accumulation: int = Field(default=1, gt=0, description="micro-batches per optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1] = 0
+    compile: bool = Field(
+        default=False,
+        description="fuse a step's kernels with torch.compile: minutes at the start, more images/s "
+        "after it",
+    )
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     evaluate_every: int = Field(default=1, gt=0, description="epochs")
     log_every: int = Field(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import save_file
 
 from data_prep.manifest import Manifest
@@ -201,17 +202,19 @@ class _Evaluation:
         model = self.average.network(self.model) if self.average else self.model
         metrics: dict[str, float] = {}
         for steps, cost in self.planned.costs.items():
-            summary, samples = evaluation.evaluate(
-                model,
-                self.loader,
-                self.world,
-                cost,
-                manifest.evaluation.name,
-                step,
-                DTYPES[config.train.precision],
-                task=tasks.of(config),
-                steps=steps,
-            )
+            # Evaluation skips samples, so that its shapes are new ones in every batch.
+            with torch.compiler.set_stance("force_eager"):
+                summary, samples = evaluation.evaluate(
+                    model,
+                    self.loader,
+                    self.world,
+                    cost,
+                    manifest.evaluation.name,
+                    step,
+                    DTYPES[config.train.precision],
+                    task=tasks.of(config),
+                    steps=steps,
+                )
             if self.world.is_main:
                 fewer = None if steps == model.steps_taken(None) else steps
                 folder = self.directory.evaluation_of(manifest, fewer_steps=fewer)

@@ -20,11 +20,17 @@ IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 10
 
 
-def engine(lr: float = 1.0, factor: Any = lambda step: 1.0, **overrides: Any) -> Engine:
+def engine(
+    lr: float = 1.0,
+    factor: Any = lambda step: 1.0,
+    *,
+    model: str = "resnet20",
+    **overrides: Any,
+) -> Engine:
     """Over a static network with fixed statistics, so that a batch is the sum of its parts."""
     values = {
         "name": "engine",
-        "model": "resnet20",
+        "model": model,
         "data": {"path": "unused"},
         "optimizer": {"lr": lr, "momentum": 0.0},
         "train": {"epochs": 1, "batch_size": 8},
@@ -33,8 +39,7 @@ def engine(lr: float = 1.0, factor: Any = lambda step: 1.0, **overrides: Any) ->
     world = World()
     world.start()
     torch.manual_seed(0)
-    model = create_model("resnet20")
-    return Engine(fixed(model), settings, world, factor)
+    return Engine(fixed(create_model(model)), settings, world, factor)
 
 
 def fixed(model: Network) -> Network:
