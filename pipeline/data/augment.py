@@ -226,12 +226,10 @@ def photometric(factors: Floats, order: Ints, lighting: Floats) -> Colour:
 
 
 def resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """(height, width, channels) uint8 to (side, side, channels), bilinear and antialiased; on CPUs.
-
-    A dense image stays in this order of memory, and takes two thirds of the time of another.
-    """
+    """(height, width, channels) uint8 on a CPU to (side, side, channels), bilinear, antialiased."""
     from torchvision.transforms.v2 import functional
 
+    # Of a dense image torchvision keeps the order of memory, and takes two thirds of the time.
     channels_first = image.contiguous().permute(2, 0, 1)
     resized: torch.Tensor = functional.resize(channels_first, [side, side], antialias=True)
     return resized.permute(1, 2, 0)

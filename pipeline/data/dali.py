@@ -83,23 +83,30 @@ class DaliReader:
                 with _naming_the_culprit([*scheduled.samples, *encoded.samples]):
                     self._feed(pipeline, encoded)
                     pipeline.schedule_run()
-                    images = _output(pipeline) if scheduled.samples else None
+                    images = self._output(pipeline) if scheduled.samples else None
                 if images is not None:
-                    yield self._arranged(images, scheduled, threads), scheduled.samples
+                    yield self._resized(images, scheduled, threads), scheduled.samples
                 scheduled = encoded
             with _naming_the_culprit(scheduled.samples):
-                images = _output(pipeline)
+                images = self._output(pipeline)
             self._emptied = pipeline
-            yield self._arranged(images, scheduled, threads), scheduled.samples
+            yield self._resized(images, scheduled, threads), scheduled.samples
 
-    def _arranged(self, images: Any, encoded: _Encoded, threads: ThreadPoolExecutor | None) -> Any:
-        """A batch in one tensor (n, height, width, channels), resized where DALI did not do it."""
+    def _output(self, pipeline: Any) -> Any:
+        """The oldest scheduled batch in memory of its own: a tensor, or a list to be resized."""
+        (images,) = pipeline.share_outputs()
+        pipeline.release_outputs()
+        return images if self._resizes else images.as_tensor()
+
+    def _resized(self, images: Any, encoded: _Encoded, threads: ThreadPoolExecutor | None) -> Any:
+        """A batch as (n, size, size, channels), by torchvision where DALI has not done it."""
         if threads is None:
-            return images.as_tensor()
+            return images
         transform, geometry = self._transform, encoded.geometry
         side, centre = transform.resize, slice(transform.margin, transform.margin + transform.size)
         assert side is not None
-        batch = np.empty((len(images), transform.size, transform.size, 3), np.uint8)
+        channels = 1 if transform.denoising else 3
+        batch = np.empty((len(images), transform.size, transform.size, channels), np.uint8)
 
         def resize_every(first: int) -> None:
             for number in range(first, len(images), self._threads):
@@ -148,7 +155,7 @@ class DaliReader:
         )
         with pipeline:
             images = _crops(self._transform, "mixed" if cuda else "cpu")
-            pipeline.set_outputs(images if self._resizes else _arranged(self._transform, images))
+            pipeline.set_outputs(images if self._resizes else _to_size(self._transform, images))
         pipeline.build()
         return pipeline
 
@@ -195,7 +202,7 @@ def _crops(transform: Transform, decoder: str) -> Any:
     return images
 
 
-def _arranged(transform: Transform, images: Any) -> Any:
+def _to_size(transform: Transform, images: Any) -> Any:
     """The crops to (size, size, channels), one node per step of the transform."""
     from nvidia.dali import fn, types
 
@@ -210,16 +217,9 @@ def _arranged(transform: Transform, images: Any) -> Any:
     return images
 
 
-def _output(pipeline: Any) -> Any:
-    """The oldest scheduled batch, a list of tensors in memory of its own."""
-    (images,) = pipeline.share_outputs()
-    pipeline.release_outputs()
-    return images
-
-
 def _whole_pixels(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
-    """(height, width, 3) as (height, width), which numpy turns round in half the time."""
-    return image.view("V3")[..., 0]
+    """(height, width, channels) as (height, width), which numpy flips in half the time."""
+    return image.view(f"V{image.shape[2]}")[..., 0]
 
 
 def _keep_until_used(images: torch.Tensor, in_use: deque[tuple[torch.Tensor, Any]]) -> None:

@@ -182,5 +182,6 @@ def _header_size(sample: Sample) -> tuple[int, int]:
             return height, width
         with Image.open(io.BytesIO(sample.data.tobytes())) as image:
             return image.height, image.width
-    except (OSError, SyntaxError, ValueError) as error:
+    # simplejpeg's KeyError: colours sampled in a rare way.
+    except (OSError, SyntaxError, ValueError, IndexError, KeyError) as error:
         raise sample.undecodable() from error

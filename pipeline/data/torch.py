@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.context
+import signal
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,7 @@ class TorchReader:
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
             multiprocessing_context=_clean_processes() if workers else None,
+            worker_init_fn=_leave_stopping_to_the_trainer,
             # Without one of its own it draws from the default generator at every start, which
             # would shift the gates' noise in a resumed run.
             generator=torch.Generator(),
@@ -195,6 +197,12 @@ def _clean_processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "webdataset", "torchvision.transforms.v2"])
     return context
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """A terminal and a scheduler signal all processes, and the trainer may want one more batch."""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:

@@ -221,3 +221,9 @@ def test_more_visits_make_room_for_a_larger_batch(manifest):
     assert len(list(training(manifest, global_batch=48, accumulation=1))) == 1
     with pytest.raises(ValueError, match="global batch of 49 exceeds the 48 training samples"):
         training(manifest, global_batch=49, accumulation=1)
+
+
+@pytest.mark.parametrize("augment", [{"crop": "random_resized", "flip": True}, {"crop": "none"}])
+def test_readers_agree_on_grey_images_that_are_resized(manifest, augment):
+    options = {"augment": Augmentation(size=24, **augment)}
+    assert_same(training(manifest, "dali", 2, **options), training(manifest, **options))

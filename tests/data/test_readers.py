@@ -3,6 +3,8 @@
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
@@ -278,6 +280,18 @@ def test_worker_processes_serve_the_next_pass(plain):
     loader.close()
     assert len(passes[0]) == 2
     assert passes[0] == passes[1]
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_trainer(plain):
+    loader = training(plain, "torch", 2)
+    batches = iter(loader)
+    some = [next(batches) for _ in range(2)]  # one of each
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGUSR2):
+            os.kill(process.pid, number)
+    some += batches
+    loader.close()
+    assert_same(some, training(plain, "torch", 0))
 
 
 def assert_nothing_runs(others):
