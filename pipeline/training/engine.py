@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import shutil
-import socket
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.models import Network, Output
-from pipeline.training import optim
+from pipeline.training import compiling, optim
 from pipeline.training.idle import IdleParameters, Place, is_moment, kept
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,10 +99,14 @@ class Engine:
             config=_deepspeed_config(config, world),
             dist_init_required=False,
         )
-        # DeepSpeed copies every gradient to a buffer and back to sum it, over a single rank too.
-        self._engine.enable_backward_allreduce = self._zero or world.world_size > 1
-        if config.train.compile:
-            model.compile(mode=_compile_mode(config, world), dynamic=False)
+        # DeepSpeed copies every gradient to a buffer and back to sum it, over a single rank too. It
+        # also fills in those that are missing, without which the optimizer keeps no state of them.
+        self._engine.enable_backward_allreduce = (
+            self._zero or world.world_size > 1 or self._idle is not None
+        )
+        self._compiled = config.train.compile
+        if self._compiled:
+            compiling.begin(model, config, world.device)
         self._scale: LossScale | None = None
         if self._zero and config.train.precision == "fp16":
             self._scale = LossScale()
@@ -122,7 +124,8 @@ class Engine:
         self._engine.destroy()
         self._engine.module_forward_pre_hook.remove()  # which destroying leaves
         self._engine.module_forward_post_hook.remove()
-        self.model._compiled_call_impl = None  # as before nn.Module.compile
+        if self._compiled:
+            compiling.end(self.model)
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -295,29 +298,6 @@ class Engine:
         pieces = [torch.empty_like(piece) for _ in range(self.world.world_size)]
         dist.all_gather(pieces, piece, group=self._optimizer.real_dp_process_group[group])
         return torch.cat(pieces)
-
-
-def _compile_mode(config: Config, world: World) -> str:
-    """Of torch.compile; "reduce-overhead" replays a step's kernels as CUDA graphs.
-
-    A graph's outputs, gradients among them, last until its next replay, so that only an update of
-    one forward and one backward pass can be replayed.
-
-    Raises:
-        ConfigError: there is no compiler.
-    """
-    given = os.environ.get("CXX") or os.environ.get("CC")
-    if not any(shutil.which(name) for name in ([given] if given else ["g++", "clang++"])):
-        raise ConfigError(
-            f"train.compile=true needs a C++ compiler and found no {given or 'g++ or clang++'} on "
-            f"{socket.gethostname()}: install one there, or leave train.compile out"
-        )
-    one_pass = (
-        config.train.accumulation == 1
-        and config.steps.draw == "one"
-        and all(phase.draws == 1 for phase in config.stretches)
-    )
-    return "reduce-overhead" if world.device.type == "cuda" and one_pass else "default"
 
 
 # Names of glibc's malloc.h, which Python's ctypes does not know.

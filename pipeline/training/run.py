@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
-from pipeline.training import checkpoint, consolidation, schedules
+from pipeline.training import checkpoint, compiling, consolidation, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine, has_kernels
@@ -67,6 +67,7 @@ def run(
     world.start()
     try:
         planned = plan(config, world.world_size)
+        compiling.check(config, world)
         if config.init_from and not directory.exists:
             # Refused before a directory belongs to a run that cannot start.
             start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
@@ -91,8 +92,8 @@ def _run_owned(
     status: Status = "FAILED"
     try:
         trainer = _build(planned, directory, world, tracker, display, stop_requested)
-        outcome = trainer.train(stop_after)
-        trainer.loader.close()
+        with closing(trainer.loader):
+            outcome = trainer.train(stop_after)
         if outcome is Outcome.FINISHED and planned.config.pull:
             _consolidate(planned, trainer, directory, tracker)
         if world.is_main and outcome is Outcome.FINISHED:

@@ -31,16 +31,20 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten().double() for _, tensor in tensors])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("bf16", False), ("fp16", False), ("bf16", True)]
+)
 def test_finishes_and_resumes(
     tiny: Tiny,  # noqa: F811
     tmp_path: Path,
     precision: str,
+    compiled: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What remains undetermined is the order of a few sums.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    config = tiny.config(**{"train.precision": precision, "optimizer.lr": 0.01})
+    values = {"train.precision": precision, "train.compile": compiled, "optimizer.lr": 0.01}
+    config = tiny.config(**values)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train(config, whole) == 0
     assert train(config, halves, stop_after=MID_EPOCH) == 0
