@@ -377,7 +377,7 @@ def loading(
     """Random resized crops of 224 pixels, from unchanged and from resized shards."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
-    keep_freed_memory()  # as training does, here for every contestant
+    keep_freed_memory()  # as training does; for all in this process
     before = machine()
     with nested(images, 1, work) as root:
         sets = {name: root.parent / name for name in ("unchanged", "resized")}
@@ -462,7 +462,7 @@ def cost(images: Path, work: Path | None, batches: int, rounds: int) -> None:
         figures = alternate(
             {name: partial(_rate, run, count) for name, run in preparation.items()}, rounds
         )
-        keep_freed_memory()  # as training does, here for every contestant
+        keep_freed_memory()  # as training does; for all in this process
         loaders = {
             f"{reader} reader, {name}": partial(our_loader, root.parent / name, reader, 0)
             for name in sets
