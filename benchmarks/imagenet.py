@@ -471,7 +471,7 @@ def cost(images: Path, work: Path | None, batches: int, rounds: int) -> None:
         loaders["Pillow"] = partial(pillow_loader, images, 0)
         loaders["webdataset with Pillow"] = partial(webdataset_loader, root.parent / "unchanged", 0)
         contestants = {name: partial(loading_cost, run, batches) for name, run in loaders.items()}
-        contestants["decode and crop alone"] = lambda: BATCH / crop_share((str(images), BATCH))
+        contestants["decode and crop alone"] = lambda: count / crop_share((str(images), count))
         loading = alternate(contestants, rounds)
     print(f"{count:,} images\n{before}")
     show(figures, "images", ("cp", "ShardWriter", "simplejpeg alone", "Pillow resizes, no writer"))

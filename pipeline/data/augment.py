@@ -21,7 +21,9 @@ from pipeline.data.order import BatchPlan, Plan, Rows, generator
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-CACHED = 2**19  # float32 values, 2 MiB
+# From so many values on, torch shares a CPU's work among threads, which spin for a while afterwards
+# where the decoders need the cores; so many also stay in the cache from one operation to the next.
+PARALLEL = 2**15
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 # ITU-R 601-2 luma, PIL's conversion to grey.
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -262,10 +264,11 @@ class Normalise:
         """(n, size, size, 3) uint8 to (n, 3, size, size) float32, channels last in memory."""
         pixels = images if colour is None else _recolour(images.float(), colour)
         values = torch.empty(pixels.shape, device=pixels.device)
-        # On CPUs a few images at a time, which stay in the cache from one operation to the next.
-        some = max(CACHED // values[0].numel(), 1) if values.device.type == "cpu" else len(values)
-        for part, source in zip(values.split(some), pixels.split(some), strict=True):
-            part.copy_(source).view(-1, self.scale.numel()).mul_(self.scale).add_(self.bias)
+        width = self.scale.numel()
+        targets, sources = values.view(-1, width), pixels.reshape(-1, width)
+        some = max((PARALLEL - 1) // width, 1) if values.device.type == "cpu" else len(targets)
+        for target, source in zip(targets.split(some), sources.split(some), strict=True):
+            target.copy_(source).mul_(self.scale).add_(self.bias)
         return values.permute(0, 3, 1, 2)
 
 
