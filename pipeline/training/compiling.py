@@ -33,9 +33,9 @@ def check(config: Config, world: World) -> None:
 def _lacks(world: World) -> str | None:
     """The compiler that this rank would call and does not find, and the machine's name."""
     if world.device.type == "cuda":  # Triton's choice
-        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     else:  # Inductor's
-        names = [os.environ.get("CXX", "g++")]
+        names = [os.environ.get("CXX") or "g++"]
     if any(shutil.which(shlex.split(name)[0]) for name in names):
         return None
     kind = "C" if world.device.type == "cuda" else "C++"
