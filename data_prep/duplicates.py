@@ -30,7 +30,8 @@ def duplicates(
     places = np.flatnonzero(np.isin(marks, common))
     found = []
     for _, group in itertools.groupby(sorted(places.tolist(), key=marks.__getitem__), marks.item):
-        items = [(place, plan.items[int(plan.order[place])]) for place in group]
+        alike = list(group)
+        items = list(zip(alike, plan.items.take(plan.order[alike]), strict=True))
         data = [reader.read(item) for _, item in items]
         for (place, item), content in zip(items, data, strict=True):
             equals = [

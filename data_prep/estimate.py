@@ -44,14 +44,13 @@ def estimate(source: Source, treatment: Treatment, workers: int | None) -> Estim
         items = Items.of(listing.items)
         if not len(items):
             raise ValueError(f"{listing.name} has no images: correct the source")
-        numbers = np.unique(np.linspace(0, len(items) - 1, SAMPLED).astype(int)).tolist()
+        numbers = np.unique(np.linspace(0, len(items) - 1, SAMPLED).astype(np.int64))
         writer = ShardWriter(Path(folder), "sample-000000")
         sizes = []
         counted = counted_size(treatment, len(items))  # as of the many after a shard's first
         started = time.perf_counter()
         with own_pixel_limit():
-            for number in numbers:
-                item = items[number]
+            for number, item in enumerate(items.take(numbers)):
                 try:
                     image = check(listing.reader.read(item), treatment, counted)
                 except RejectedImageError:

@@ -69,29 +69,28 @@ class Items:
         return len(self.split)
 
     def __iter__(self) -> Iterator[Item]:
-        return (self[number] for number in range(len(self)))
+        return iter(self.take(np.arange(len(self))))
 
-    def __getitem__(self, number: int) -> Item:
-        return Item(
-            split=self.splits[self.split[number]],
-            label=int(self.label[number]),
-            origin=self._name(number).decode(*TEXT),
-            offset=int(self.offset[number]),
-            size=int(self.size[number]),
-            file=int(self.file[number]),
-        )
-
-    def _name(self, number: int) -> bytes:
-        start = int(self.end[number - 1]) if number else 0
-        return self.name[start : self.end[number]].tobytes()
+    def take(self, numbers: npt.NDArray[np.int64]) -> list[Item]:
+        """These items, in this order."""
+        numbered = (self.split, self.label, self.offset, self.size, self.file)
+        columns = (column[numbers].tolist() for column in numbered)
+        return [
+            Item(self.splits[split], label, name.decode(*TEXT), offset, size, file)
+            for name, split, label, offset, size, file in zip(
+                self.names(numbers), *columns, strict=True
+            )
+        ]
 
     def names(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[bytes]:
         """The origins of these items, None: of all, in UTF-8."""
         text = self.name.data
-        starts = np.concatenate(([0], self.end[:-1]))
-        ends = self.end
-        if numbers is not None:
-            starts, ends = starts[numbers], ends[numbers]
+        if numbers is None:
+            ends = self.end
+            starts = np.concatenate(([0], ends[:-1]))
+        else:  # no more of the columns than is asked for
+            ends = self.end[numbers]
+            starts = np.where(numbers > 0, self.end[numbers - 1], 0)
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield text[start:end].tobytes()
 

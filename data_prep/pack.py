@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from data_prep.facts import Facts
 from data_prep.files import write_atomically
@@ -153,7 +154,7 @@ class PackShard:
         """Read and check one image and account for it; None where it is rejected."""
         data = self.reader.read(item)
         record.bytes_read += len(data)
-        record.marks.append(zlib.crc32(data) << 32 | len(data))
+        record.marks.append(crc32(data) << 32 | len(data))
         try:
             counted = counted_size(self.treatment, sum(record.facts.sides))
             image = check(data, self.treatment, counted)

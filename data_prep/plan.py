@@ -47,7 +47,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All shards to be, and the items in their order: ``items[order[n]]`` is the n-th."""
+    """All shards to be, and the items in their order: the n-th is number ``order[n]``."""
 
     items: Items
     order: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class Plan:
     def of(self, shard: ShardPlan) -> list[Item]:
         """The items of a shard."""
         places = self.order[shard.first : shard.first + shard.samples]
-        return [self.items[number] for number in places.tolist()]
+        return self.items.take(places)
 
     def bytes_of(self, shard: ShardPlan) -> int:
         """Size of a shard whose images are stored as they are."""

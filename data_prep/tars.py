@@ -6,7 +6,9 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
+
+from zlib_ng.zlib_ng import adler32
 
 from data_prep.items import TEXT
 
@@ -15,9 +17,20 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 _CURE = "fetch the archive again"
 _END = bytes(tarfile.BLOCKSIZE)
+_ADLER_BASE = 65521
+_PLAIN_KINDS = tarfile.REGTYPE + tarfile.AREGTYPE
 
 
-def members(file: Window, name: str) -> Iterator[tarfile.TarInfo]:
+class Member(NamedTuple):
+    """A plain file of ``size`` bytes that begin at ``offset`` of the archive, or a folder."""
+
+    name: str
+    offset: int
+    size: int
+    is_folder: bool
+
+
+def members(file: Window, name: str) -> Iterator[Member]:
     """The plain files and folders of the tar in ``file``, one at a time.
 
     ``name`` is what errors call it. Raises ValueError for a damaged archive, also one that is cut,
@@ -28,45 +41,46 @@ def members(file: Window, name: str) -> Iterator[tarfile.TarInfo]:
         header = file.read_at(position, tarfile.BLOCKSIZE)
         if header == _END:
             return
-        member = _plain_file(header)
-        if member is None:
+        described = _plain_file(header)
+        if described is None:
             break
-        member.offset_data = position + tarfile.BLOCKSIZE
-        _refuse_unsafe(name, member)
+        member = Member(described[0], position + tarfile.BLOCKSIZE, described[1], False)
+        _refuse_path(name, member.name)
         yield member
-        position = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        position = member.offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if position and position >= file.size:
         raise ValueError(f"{name} is cut short or damaged at {position}: {_CURE}")
     yield from _any_members(file, position, name)
 
 
-def _plain_file(header: bytes) -> tarfile.TarInfo | None:
-    """The plain file that an ordinary ustar header describes, read in a tenth of tarfile's time."""
-    ordinary = header[156:157] in (b"0", b"\0") and header[257:262] == b"ustar" and not header[345]
-    if len(header) < tarfile.BLOCKSIZE or not ordinary:
+def _plain_file(header: bytes) -> tuple[str, int] | None:
+    """Name and size from an ordinary ustar header of a file, in a tenth of tarfile's time."""
+    if len(header) < tarfile.BLOCKSIZE or header[156] not in _PLAIN_KINDS:
+        return None
+    if header[257:262] != b"ustar" or header[345]:
         return None
     try:
         size = int(header[124:136].strip(b"\0 "), 8)
         checksum = int(header[148:156].strip(b"\0 "), 8)
     except ValueError:
         return None
+    # Adler-32 ends in one more than the sum of the bytes, a tenth of the time that sum() takes.
+    total = checksum + sum(header[148:156]) - 8 * ord(" ")
     name = header[:100].partition(b"\0")[0]
-    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or name.endswith(b"/"):
+    if (1 + total) % _ADLER_BASE != adler32(header) & 0xFFFF or name.endswith(b"/"):
         return None
-    member = tarfile.TarInfo(name.decode(*TEXT))
-    member.size = size
-    return member
+    return name.decode(*TEXT), size
 
 
-def _any_members(file: Window, start: int, name: str) -> Iterator[tarfile.TarInfo]:
+def _any_members(file: Window, start: int, name: str) -> Iterator[Member]:
     """What tarfile finds from ``start`` on."""
     rest = file.part(start, file.size - start)
     try:
         with tarfile.open(fileobj=cast(IO[bytes], rest), mode="r:") as archive:
             while (member := archive.next()) is not None:
-                member.offset_data += start
-                _refuse_unsafe(name, member)
-                yield member
+                _refuse_kind(name, member)
+                _refuse_path(name, member.name)
+                yield Member(member.name, start + member.offset_data, member.size, member.isdir())
                 vars(archive)["members"].clear()  # it keeps a kilobyte of each otherwise
             # tarfile takes an archive cut in or before a header for one that ends there.
             end = archive.offset
@@ -78,16 +92,20 @@ def _any_members(file: Window, start: int, name: str) -> Iterator[tarfile.TarInf
         raise ValueError(f"{name} is cut short or damaged at {start + end}: {_CURE}")
 
 
-def _refuse_unsafe(name: str, member: tarfile.TarInfo) -> None:
+def _refuse_kind(archive: str, member: tarfile.TarInfo) -> None:
     if member.issym() or member.islnk():
-        problem = f"is a link to {member.linkname!r}"
-    elif not (member.isdir() or member.isreg()) or member.issparse():
-        problem = "is neither a plain file nor a folder"
-    elif member.name.startswith("/") or ".." in member.name.split("/"):
-        problem = "leads out of the archive"
-    else:
-        return
-    raise ValueError(f"{name}: member {member.name!r} {problem}: pack plain files and folders only")
+        raise _unsafe(archive, member.name, f"is a link to {member.linkname!r}")
+    if not (member.isdir() or member.isreg()) or member.issparse():
+        raise _unsafe(archive, member.name, "is neither a plain file nor a folder")
+
+
+def _refuse_path(archive: str, name: str) -> None:
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
+        raise _unsafe(archive, name, "leads out of the archive")
+
+
+def _unsafe(archive: str, name: str, problem: str) -> ValueError:
+    return ValueError(f"{archive}: member {name!r} {problem}: pack plain files and folders only")
 
 
 class Window(io.RawIOBase):

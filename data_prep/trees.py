@@ -6,7 +6,6 @@ import os
 import posixpath
 import shutil
 import stat
-import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 from data_prep.items import Item
 from data_prep.listing import FolderReader, RangeReader, Reader
-from data_prep.tars import GZIP_MAGIC, Window, members
+from data_prep.tars import GZIP_MAGIC, Member, Window, members
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 
@@ -139,18 +138,18 @@ def _contents(path: Path, tar: Path) -> tuple[list[File], list[str]]:
     folders: set[str] = set()
     for member in _plain_members(path, tar):
         name = posixpath.normpath(member.name)
-        if member.isdir():
+        if member.is_folder:
             folders.add(name)
         elif name in files:
             raise ValueError(f"{path} holds {name} twice: pack it again from one folder")
         else:
-            files[name] = File(name, member.offset_data, member.size)
+            files[name] = File(name, member.offset, member.size)
             folders.add(posixpath.dirname(name))
     above = {str(parent) for name in folders for parent in PurePosixPath(name).parents}
     return list(files.values()), list(folders | above)
 
 
-def _plain_members(path: Path, tar: Path) -> Iterator[tarfile.TarInfo]:
+def _plain_members(path: Path, tar: Path) -> Iterator[Member]:
     with tar.open("rb") as file:
         yield from members(Window(file.fileno(), 0, tar.stat().st_size), str(path))
 

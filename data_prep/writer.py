@@ -3,10 +3,11 @@
 import hashlib
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from data_prep.files import name_aside, write_atomically
 from data_prep.manifest import Shard
@@ -42,8 +43,8 @@ class ShardWriter:
         text = b"%d" % label
         image_name, label_name = f"{key}.{extension}", f"{key}.cls"
         # As few pieces as can be: at the rate of a disk, each costs as much as some kilobytes.
-        before = _header(image_name, len(image), zlib.crc32(image) if crc is None else crc)
-        between = _padding(len(image)) + _header(label_name, len(text), zlib.crc32(text))
+        before = _header(image_name, len(image), crc32(image) if crc is None else crc)
+        between = _padding(len(image)) + _header(label_name, len(text), crc32(text))
         start = self._file.written + len(before)
         label_start = start + len(image) + len(between)
         self._file.write(before, image, between + text + _padding(len(text)))
@@ -85,7 +86,7 @@ class ShardWriter:
 
 def checksum(content: bytes) -> str:
     """What stands as the owner's name in the header of ``content``."""
-    return checksum_text(zlib.crc32(content))
+    return checksum_text(crc32(content))
 
 
 def checksum_text(crc: int) -> str:
@@ -109,19 +110,19 @@ def _padding(size: int) -> bytes:
     return bytes(-size % tarfile.BLOCKSIZE)
 
 
-_TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
+_PLAIN = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+# To fill in: the name, the size, the sum of all bytes, where its own count as blanks, the owner.
+_HEADER = b"%b" + _PLAIN[100:124] + b"%011o" + _PLAIN[135:148] + b"%06o" + _PLAIN[154:265]
+_HEADER += b"%08x" + _PLAIN[273:]
+_PLAIN_SUM = sum(_PLAIN) - sum(_PLAIN[124:135]) - sum(_PLAIN[148:156]) + 8 * ord(" ")
 
 
 def _header(name: str, size: int, crc: int) -> bytes:
-    """What tarfile makes of these values, at a tenth of its time."""
-    parts = name.encode("ascii"), b"%011o" % size, checksum_text(crc).encode("ascii")
-    assert len(parts[0]) < tarfile.LENGTH_NAME, f"{name} fits into a header"
-    header = bytearray(_TEMPLATE)
-    for start, part in zip((0, 124, 265), parts, strict=True):
-        header[start : start + len(part)] = part
-    header[148:155] = b"%06o\0" % (_TEMPLATE_SUM + sum(b"".join(parts)))
-    return bytes(header)
+    """What tarfile makes of these values, at a thirtieth of its time."""
+    text = name.encode("ascii")
+    assert len(text) < tarfile.LENGTH_NAME, f"{name} fits into a header"
+    total = _PLAIN_SUM + sum(b"%b%011o%08x" % (text, size, crc))
+    return _HEADER % (text.ljust(tarfile.LENGTH_NAME, b"\0"), size, total, crc)
 
 
 class _HashedFile:

@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import logging
 import os
+import posixpath
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from data_prep.listing import FolderReader, Listing, RangeReader, Rejection
 from data_prep.manifest import TRAIN
 from data_prep.sources.devkit import NAMES as DEVKIT_NAMES
 from data_prep.sources.devkit import Devkit, read_devkit
-from data_prep.tars import GZIP_MAGIC, Window, members
+from data_prep.tars import GZIP_MAGIC, Member, Window, members
 from data_prep.trees import describe, hidden
 
 VALIDATION = "val"
@@ -239,14 +239,14 @@ def _archives_in_archive(archive: Path, found: _Found) -> list[_Place]:
     number = found.archive(archive)
     places = []
     for member in _members(archive, 0, archive.stat().st_size, str(archive)):
-        name = PurePosixPath(member.name).name
+        name = posixpath.basename(member.name)
         wnid = name.removesuffix(".tar")
-        if member.isdir():
+        if member.is_folder:
             continue
         if name == wnid or not _WNID.fullmatch(wnid):
             found.rejected.append(Rejection(TRAIN, f"{TRAIN}/{name}", "no archive of a class"))
             continue
-        places.append(_Place(wnid, archive, number, member.offset_data, member.size))
+        places.append(_Place(wnid, archive, number, member.offset, member.size))
     return places
 
 
@@ -304,13 +304,13 @@ def _entries(place: _Place, found: _Found) -> Iterator[_Entry]:
         return
     name = f"{place.path}, archive {place.wnid}.tar" if place.wnid else str(place.path)
     for member in _members(place.path, place.offset, place.size, name):
-        if not member.isdir():
-            at = place.offset + member.offset_data
-            base = PurePosixPath(member.name).name
+        if not member.is_folder:
+            at = place.offset + member.offset
+            base = posixpath.basename(member.name)
             yield _Entry(place.wnid, base, place.file, at, member.size)
 
 
-def _members(path: Path, offset: int, size: int, name: str) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path, offset: int, size: int, name: str) -> Iterator[Member]:
     try:
         with path.open("rb") as file:
             if os.pread(file.fileno(), 2, offset) == GZIP_MAGIC:
