@@ -34,8 +34,8 @@ class Facts:
         self.sides[bisect.bisect(SIDES, min(image.height, image.width))] += 1
         if image.histogram is not None:
             self.histogram += image.histogram
-        self.heights = _span(self.heights, (image.height, image.height))
-        self.widths = _span(self.widths, (image.width, image.width))
+        self.heights = _widened(self.heights, image.height)
+        self.widths = _widened(self.widths, image.width)
 
     def add(self, other: "Facts") -> None:
         """Take the images of ``other`` in."""
@@ -73,6 +73,14 @@ class Facts:
 
 def _pair(values: list[int] | None) -> tuple[int, int] | None:
     return None if values is None else (values[0], values[1])
+
+
+def _widened(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+    if span is None:
+        return value, value
+    if span[0] <= value <= span[1]:
+        return span
+    return min(span[0], value), max(span[1], value)
 
 
 def _span(first: tuple[int, int] | None, second: tuple[int, int] | None) -> tuple[int, int] | None:

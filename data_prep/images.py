@@ -33,8 +33,8 @@ _FORMATS = ("JPEG", "PNG", *_REENCODED)
 _START_OF_JPEG = b"\xff\xd8"
 _MARKER = 0xFF
 _START_OF_SCAN = 0xDA
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those are tables and an extension
-_ORDINARY_FRAMES = (0xC0, 0xC1, 0xC2)  # sequential and progressive, in Huffman's code
+# Beside frames sequential and progressive in Huffman's code, two tables and an extension.
+_RARE_FRAMES = {*range(0xC0, 0xD0)} - {0xC0, 0xC1, 0xC2} - {0xC4, 0xC8, 0xCC}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 Pixels = npt.NDArray[np.uint8]
@@ -81,8 +81,7 @@ def counted_size(treatment: Treatment, position: int) -> float:
     return 0 if treatment.settings else 2 * COUNTED_PIXELS
 
 
-@dataclass(frozen=True)
-class CheckedImage:
+class CheckedImage(NamedTuple):
     """An accepted image: the bytes to store, and what the manifest wants to know of its pixels.
 
     ``histogram`` counts the values of its RGB pixels, 256 numbers each for red, green and blue; it
@@ -184,14 +183,15 @@ def _is_ordinary(data: bytes) -> bool:
     """
     position = 2
     while data[position] == _MARKER:
-        while data[position] == _MARKER:  # any number of them may stand before a marker's code
+        code = data[position + 1]
+        if code == _MARKER:  # any number of them may stand before a marker's code
             position += 1
-        code = data[position]
-        if code == _START_OF_SCAN:
+        elif code == _START_OF_SCAN:
             return True
-        if code in _FRAMES and code not in _ORDINARY_FRAMES:
+        elif code in _RARE_FRAMES:
             return False
-        position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
+        else:
+            position += 2 + (data[position + 2] << 8 | data[position + 3])
     return False
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 _COLUMNS = ("split", "label", "file", "offset", "size", "end", "name")
 TEXT = ("utf-8", "surrogateescape")
+_AT_ONCE = 4096
 _TYPES = "BiiqqqB"  # of the columns, as module array calls them
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One image of a source. ``origin`` names it to a person and is unique within the source.
 
     ``file``, ``offset`` and ``size`` tell the listing's reader where its bytes lie.
@@ -49,19 +50,24 @@ class Items:
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Items:
-        """These items, taken one at a time."""
+        """These items, some at a time."""
         if isinstance(items, Items):
             return items
         splits: dict[str, int] = {}
         split, label, file, offset, size, end, name = (array(kind) for kind in _TYPES)
-        for item in items:
-            split.append(splits.setdefault(item.split, len(splits)))
-            label.append(item.label)
-            file.append(item.file)
-            offset.append(item.offset)
-            size.append(item.size)
-            name.frombytes(item.origin.encode(*TEXT))
-            end.append(len(name))
+        rest = iter(items)
+        while some := list(itertools.islice(rest, _AT_ONCE)):
+            of_splits, labels, origins, offsets, sizes, files = zip(*some, strict=True)
+            for of_split in dict.fromkeys(of_splits):
+                splits.setdefault(of_split, len(splits))
+            split.extend(map(splits.__getitem__, of_splits))
+            label.extend(labels)
+            offset.extend(offsets)
+            size.extend(sizes)
+            file.extend(files)
+            for origin in origins:
+                name.frombytes(origin.encode(*TEXT))
+                end.append(len(name))
         columns = (split, label, file, offset, size, end, name)
         return cls(tuple(splits), *(np.asarray(column) for column in columns))
 

@@ -122,7 +122,8 @@ class Window(io.RawIOBase):
 
     def read_at(self, position: int, length: int) -> bytes:
         """Fewer bytes than ``length`` at the end."""
-        length = max(0, min(length, self.size - position))
+        if position + length > self.size:
+            length = max(0, self.size - position)
         return os.pread(self._descriptor, length, self._start + position)
 
     def readable(self) -> bool:

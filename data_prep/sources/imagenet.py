@@ -10,7 +10,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +214,7 @@ class _Reader:
             return self.archives.read(item)
         if item.split == VALIDATION and self.val_by_class:
             name = item.origin.removeprefix(f"{VALIDATION}/")
-            item = replace(item, origin=f"{VALIDATION}/{self.classes[item.label]}/{name}")
+            item = item._replace(origin=f"{VALIDATION}/{self.classes[item.label]}/{name}")
         return FolderReader(self.root).read(item)
 
 

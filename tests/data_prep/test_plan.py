@@ -1,6 +1,5 @@
 """The assignment of samples to shards."""
 
-import dataclasses
 import tarfile
 
 import numpy as np
@@ -44,7 +43,7 @@ def test_shards_of_a_size_in_bytes_are_even_and_not_too_large(tmp_path):
     """As written: the plan knows the size of an image's part of a tar to the byte."""
     random = np.random.default_rng(0)
     sizes = random.integers(1, 20_000, len(ITEMS)).tolist()
-    items = [dataclasses.replace(item, size=size) for item, size in zip(ITEMS, sizes, strict=True)]
+    items = [item._replace(size=size) for item, size in zip(ITEMS, sizes, strict=True)]
     limit = 200_000
     planned = plan(items, 3, shard_bytes=limit)
     held = [planned.bytes_of(shard) for shard in planned.shards if shard.split == "train"]
