@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import cli
@@ -343,6 +344,9 @@ def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
                 return False
 
         until(answers, "the page is served")
+        # Eight processes and 1.4 GB that serve language models.
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert not [child for child in children if "mlflow.server.jobs" in str(child.cmdline())]
         os.kill(process.pid, signal.SIGINT)  # this process alone: the server must end too
         assert ended(process).returncode == 130
 
