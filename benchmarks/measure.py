@@ -42,10 +42,15 @@ Rounds = dict[str, list[float]]
 
 
 def alternate(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
-    """Measure each contestant once per round, in turn: other load on the machine hits all alike."""
+    """Measure each contestant once per round, in turn: other load on the machine hits all alike.
+
+    Every other round goes backwards, or one contestant would always find what the same other one
+    leaves: memory that was just in use, say, or that the host has taken back.
+    """
     figures: Rounds = {name: [] for name in contestants}
     for number in range(rounds):
-        for name, measure in contestants.items():
+        turn = list(contestants.items())
+        for name, measure in turn[::-1] if number % 2 else turn:
             figures[name].append(measure())
         latest = ", ".join(f"{name} {values[-1]:,.1f}" for name, values in figures.items())
         print(f"round {number + 1} of {rounds}: {latest}", file=sys.stderr, flush=True)
