@@ -27,11 +27,17 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def expect_parallel(module: str, workers: int | None) -> None:
+def expect_parallel(module: str) -> None:
     """Start to load ``module`` for workers to come, while the caller goes on."""
-    if workers is None or workers > 1:
+    # Ctrl-C reaches the whole foreground group; the parent alone decides how to end. What it starts
+    # here, and what that forks, inherits the mask. The tracker would lift it in passing.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
         _WORKERS.set_forkserver_preload([module])
-        _start_server()
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_parallel(
@@ -48,7 +54,7 @@ def run_parallel(
     if workers <= 1:
         yield from ((position, function(task)) for position, task in enumerate(tasks))
         return
-    _start_server()
+    expect_parallel(function.__module__)
     pool = ProcessPoolExecutor(workers, mp_context=_WORKERS, initializer=_start_worker)
     try:
         positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
@@ -61,17 +67,6 @@ def run_parallel(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_server() -> None:
-    # Ctrl-C reaches the whole foreground group; the parent alone decides how to end. What it starts
-    # here, and what that forks, inherits the mask. The tracker would lift it in passing.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

@@ -19,7 +19,6 @@ from data_prep.images import AS_FOUND, Treatment
 from data_prep.listing import FolderReader, Listing, Source
 from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, SCHEMA_VERSION, Manifest
 from data_prep.pack import Packed, PackShard, PackShards, Work
-from data_prep.parallel import expect_parallel
 from data_prep.plan import Plan, plan
 
 SAMPLES_PER_SHARD = 2048
@@ -70,8 +69,6 @@ def prepare(
     size = {"samples_per_shard": samples_per_shard}
     if shard_bytes is not None:
         size = {"shard_bytes": shard_bytes}
-    if pack is PackShards.run:
-        expect_parallel(PackShards.__module__, workers)
     with _claimed(out):
         _recover(out)
         finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
