@@ -252,8 +252,12 @@ def ui(port: int, runs: Path) -> None:
     if command is None:
         click.echo(f"the runs are tracked by a server: open {uri}")
         return
-    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    raise click.exceptions.Exit(mlflow_page.serve(command, port))
+    click.echo("starting MLflow")
+
+    def ready() -> None:
+        click.echo(f"open http://127.0.0.1:{port} (Ctrl-C ends it)")
+
+    raise click.exceptions.Exit(mlflow_page.serve(command, port, ready))
 
 
 @cli.command()

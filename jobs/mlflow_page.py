@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,10 @@ def send_journals(runs: Path) -> None:
             return
 
 
-def serve(command: list[str], port: int) -> int:
+def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:
     """Run a server on a local port until it ends or Ctrl-C; no process of it is left.
+
+    ``ready`` is called once it answers.
 
     Raises:
         ValueError: the port is taken.
@@ -41,6 +45,11 @@ def serve(command: list[str], port: int) -> int:
             raise ValueError(f"port {port} cannot be used ({error}): give another --port") from None
     server = psutil.Popen(command, env=_WITHOUT_JOBS | os.environ)
     try:
+        while server.poll() is None:
+            if _answers(port):
+                ready()
+                break
+            time.sleep(0.1)
         return int(server.wait())
     finally:
         # Ctrl-C may have reached this process alone, and the server has processes of its own.
@@ -51,3 +60,9 @@ def serve(command: list[str], port: int) -> int:
         _, stubborn = psutil.wait_procs(processes, timeout=5)
         for process in stubborn:
             process.kill()
+        psutil.wait_procs(stubborn)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -61,6 +61,8 @@ def ui_command(uri: str, port: int = 5000) -> list[str] | None:
     artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--artifacts-destination", artifacts, "--host", "127.0.0.1"]
+    # A line for each picture of each page hides what a person should read.
+    command += ["--uvicorn-opts", "--log-level warning"]
     return [*command, "--port", str(port), "--workers", "1"]
 
 

@@ -348,7 +348,30 @@ def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         assert not [child for child in children if "mlflow.server.jobs" in str(child.cmdline())]
         os.kill(process.pid, signal.SIGINT)  # this process alone: the server must end too
-        assert ended(process).returncode == 130
+        answer = ended(process)
+    assert answer.returncode == 130
+    assert "GET /" not in answer.stdout + answer.stderr  # a line for each picture of each page
+
+
+def test_the_address_is_said_once_the_server_answers() -> None:
+    from jobs import mlflow_page
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served: list[int] = []
+
+    def ready() -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:
+            served.append(page.status)
+        raise KeyboardInterrupt
+
+    server = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    with pytest.raises(KeyboardInterrupt):
+        mlflow_page.serve(server, port, ready)
+    assert served == [200]
+    assert mlflow_page.serve([sys.executable, "-c", "raise SystemExit(3)"], port, ready) == 3
+    assert served == [200]
 
 
 def test_the_ui_asks_an_unreachable_store_once(tmp_path: Path, monkeypatch, caplog) -> None:
