@@ -53,14 +53,12 @@ def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:
         return int(server.wait())
     finally:
         # Ctrl-C may have reached this process alone, and the server has processes of its own.
-        processes = [*server.children(recursive=True), server] if server.is_running() else []
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, stubborn = psutil.wait_procs(processes, timeout=5)
-        for process in stubborn:
-            process.kill()
-        psutil.wait_procs(stubborn)
+        left = [*server.children(recursive=True), server] if server.is_running() else []
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, left = psutil.wait_procs(left, timeout=5)
 
 
 def _answers(port: int) -> bool:
