@@ -87,19 +87,11 @@ def ours(root: Path, *options: str) -> float:
     return seconds
 
 
-def our_cost(root: Path, *options: str) -> float:
-    """CPU seconds of `reprise prep`, its workers included."""
-    out = root.parent / "set"
-    printed = prep(root, out, *options, through=(sys.executable, "-m", "benchmarks.cpu_time"))
-    shutil.rmtree(out)
-    return float(printed)
-
-
-def prep(root: Path, out: Path, *options: str, through: tuple[str, ...] = ()) -> str:
+def prep(root: Path, out: Path, *options: str) -> None:
     """Prepare in a process of its own: spawned workers would load what this module loads."""
-    command = [*through, Path(sys.executable).parent / "reprise", "prep", "imagenet"]
-    command += ["--source", root, "--out", out, "--allow-partial", "--quiet", *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [Path(sys.executable).parent / "reprise", "prep", "imagenet", "--source", root]
+    command += ["--out", out, "--allow-partial", "--quiet", *options]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def copied(root: Path, sync: bool) -> float:
@@ -323,7 +315,7 @@ def trust(images: Path, work: Path | None, copies: int, rounds: int) -> None:
         figures = alternate(contestants, rounds)
         cpu = {
             "cp": lambda: size / cpu_seconds(lambda: copied(root, sync=False)),
-            "prep --trust": lambda: size / our_cost(root, "--trust"),
+            "prep --trust": lambda: size / cpu_seconds(lambda: ours(root, "--trust")),
             "ShardWriter": lambda: size / cpu_seconds(lambda: shard_writer(root)),
         }
         per_cpu = alternate(cpu, rounds)
@@ -345,7 +337,7 @@ def check(images: Path, work: Path | None, copies: int, rounds: int) -> None:
         contestants = {
             "simplejpeg alone": lambda: bare_decode("simplejpeg", images, count),
             "torchvision alone": lambda: bare_decode("torchvision", images, count),
-            "prep": lambda: count / our_cost(root),
+            "prep": lambda: count / cpu_seconds(lambda: ours(root)),
         }
         figures = alternate(contestants, rounds)
     print(f"{count:,} images\n{before}")

@@ -25,7 +25,7 @@ COUNTED_PIXELS = 2**13
 COUNTED_IMAGES = 256
 """So many at the start of each shard are counted, and after them only those that are small: the
 pixels of an image are a third of what decoding it costs."""
-COUNTED_TREATED = 8
+COUNTED_TREATED = 16
 """The same where the stored images need not be decoded at all; none after them."""
 
 _REENCODED = ("BMP", "PPM", "GIF")

@@ -75,7 +75,8 @@ class Items:
         return len(self.split)
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self.take(np.arange(len(self))))
+        for start in range(0, len(self), _AT_ONCE):
+            yield from self.take(np.arange(start, min(start + _AT_ONCE, len(self))))
 
     def take(self, numbers: npt.NDArray[np.int64]) -> list[Item]:
         """These items, in this order."""

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -15,29 +13,12 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# One process loads what workers need, and they fork from it: on many cores, or from a file system
-# that all nodes share, loading it in each takes longer than packing a shard.
-_WORKERS = multiprocessing.get_context("forkserver")
-
 
 def available_cores() -> int:
     """The cores this process may use, which on a cluster are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def expect_parallel(module: str) -> None:
-    """Start to load ``module`` for workers to come, while the caller goes on."""
-    # Ctrl-C reaches the whole foreground group; the parent alone decides how to end. What it starts
-    # here, and what that forks, inherits the mask. The tracker would lift it in passing.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        _WORKERS.set_forkserver_preload([module])
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_parallel(
@@ -54,8 +35,9 @@ def run_parallel(
     if workers <= 1:
         yield from ((position, function(task)) for position, task in enumerate(tasks))
         return
-    expect_parallel(function.__module__)
-    pool = ProcessPoolExecutor(workers, mp_context=_WORKERS, initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
         positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
         for future in as_completed(positions):
@@ -70,6 +52,8 @@ def run_parallel(
 
 
 def _start_worker() -> None:
+    # Ctrl-C reaches the whole foreground group; the parent alone decides how to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

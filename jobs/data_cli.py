@@ -75,7 +75,6 @@ def prep(
     waits for them and makes a set of them, with the same bytes as without.
     """
     from data_prep.images import Treatment
-    from data_prep.parallel import expect_parallel
     from data_prep.prepare import SAMPLES_PER_SHARD, prepare
     from data_prep.sources import open_source
     from jobs import console, describe
@@ -95,8 +94,6 @@ def prep(
         click.echo(describe.estimated(measure(opened, treatment, workers), out))
         return
     started = monotonic()
-    if not array and workers != 1:
-        expect_parallel("data_prep.pack")
     with console.preparation(f"preparing {out}", quiet) as report:
         manifest = prepare(
             opened,

@@ -170,8 +170,8 @@ def verdict(data, counted):
 
 @pytest.mark.parametrize(
     ("treatment", "first", "small"),
-    [(Treatment(), 256, True), (Treatment(trust=True), 8, False),
-     (Treatment(resize_short=32), 8, False)],
+    [(Treatment(), 256, True), (Treatment(trust=True), 16, False),
+     (Treatment(resize_short=32), 16, False)],
 )  # fmt: skip
 def test_the_first_images_of_a_shard_and_small_ones_are_counted(treatment, first, small):
     images = {"jpeg": jpeg(1, 200, 100), "png": encoded(picture(1, 200, 100), "PNG")}

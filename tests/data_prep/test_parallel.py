@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -28,17 +26,3 @@ def test_every_result_comes_with_the_place_of_its_task(workers: int) -> None:
 def test_a_killed_worker_is_said_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"one of 2 worker processes was killed.*--workers"):
         list(run_parallel(killed, [1, 2, 3], 2))
-
-
-def test_ctrl_c_reaches_the_parent_alone() -> None:
-    # In a process of its own: in this one, what the first call starts may be running already.
-    code = """
-import signal
-from functools import partial
-from data_prep.parallel import run_parallel
-for _, blocked in run_parallel(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], 2):
-    print(signal.SIGINT in blocked)
-print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True", "False"]
