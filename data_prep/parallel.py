@@ -26,7 +26,9 @@ def run_parallel(
 ) -> Iterator[tuple[int, Result]]:
     """Yield (position of the task, its result) as results come in; ``workers=None``: all cores.
 
-    The first exception of a task ends all and is raised here. One worker works in this process.
+    The first exception of a task ends all and is raised here. What a worker is at is waited for
+    then, but not after Ctrl-C or where the caller asks no further. One worker works in this
+    process.
 
     Raises:
         ValueError: a worker was killed.
@@ -35,11 +37,18 @@ def run_parallel(
     if workers <= 1:
         yield from ((position, function(task)) for position, task in enumerate(tasks))
         return
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
-        positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
+        # Ctrl-C reaches the whole foreground group; the parent alone decides how to end. Workers
+        # start here and inherit the mask, so that it does not reach them while they load either.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(positions):
             yield positions[future], future.result()
     except BrokenProcessPool:
@@ -47,13 +56,18 @@ def run_parallel(
             f"one of {workers} worker processes was killed, most likely for want of memory: call "
             "it again with fewer (--workers)"
         ) from None
+    except (KeyboardInterrupt, GeneratorExit):  # here, or where results are used
+        # A second Ctrl-C while a worker is waited for would leave it waiting for work, and this
+        # process for its end.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole foreground group; the parent alone decides how to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
