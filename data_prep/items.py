@@ -36,7 +36,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """A sequence of items. ``splits`` names the values of the column ``split``; the origin of item
+    """Items in an order. ``splits`` names the values of the column ``split``; the origin of item
     n is ``name[end[n - 1] : end[n]]``, in UTF-8."""
 
     splits: tuple[str, ...]

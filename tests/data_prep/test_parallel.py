@@ -36,7 +36,7 @@ def test_a_killed_worker_is_said_in_one_line() -> None:
 
 
 def test_ctrl_c_reaches_the_parent_alone() -> None:
-    # In a process of its own: in this one, what the first call starts may be running already.
+    # In a process of its own, where the first call also starts multiprocessing's resource tracker.
     code = """
 import signal
 from functools import partial
