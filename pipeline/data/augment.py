@@ -237,11 +237,16 @@ def resize(image: torch.Tensor, side: int) -> torch.Tensor:
     return resized.permute(1, 2, 0)
 
 
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on the device, without waiting for what it has to do before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 def turn(images: torch.Tensor, turns: Ints) -> torch.Tensor:
     """Square images (n, size, size, C), each turned counter-clockwise by its quarter turns."""
     turned = images.clone()
     for number in (1, 2, 3):
-        chosen = torch.from_numpy(np.flatnonzero(turns == number)).to(images.device)
+        chosen = upload(torch.from_numpy(np.flatnonzero(turns == number)), images.device)
         turned[chosen] = images[chosen].rot90(number, (1, 2))
     return turned
 
@@ -275,7 +280,7 @@ class Normalise:
 def _recolour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
     pixels = images.flatten(1, 2)
     matrix, mean_matrix, offset = (
-        torch.from_numpy(part).to(images.device, torch.float32)
+        upload(torch.from_numpy(part).float(), images.device)
         for part in (colour.matrix, colour.mean_matrix, colour.offset)
     )
     constant = torch.einsum("nij,nj->ni", mean_matrix, pixels.mean(1)) + offset

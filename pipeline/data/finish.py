@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from data_prep.manifest import Manifest
-from pipeline.data.augment import Normalise, Transform, turn
+from pipeline.data.augment import Normalise, Transform, turn, upload
 from pipeline.data.loader import Decoded
 from pipeline.data.noise import Noise
 from pipeline.data.order import BatchPlan, Rows
@@ -25,7 +25,7 @@ class Labelled:
         self, decoded: Decoded, epoch: int, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         images = _turned(decoded.images, self._transform, epoch, rows)
-        labels = _upload(torch.from_numpy(decoded.labels), self._device)
+        labels = upload(torch.from_numpy(decoded.labels), self._device)
         return self._normalise(images, self._transform.colour(epoch, rows)), labels
 
 
@@ -47,13 +47,9 @@ class Noisy:
             drawn = self._noise.of_training(epoch, rows, height, width)
         else:
             drawn = self._noise.of_evaluation(rows, height, width)
-        return clean + _upload(torch.from_numpy(drawn), self._device), clean
+        return clean + upload(torch.from_numpy(drawn), self._device), clean
 
 
 def _turned(images: torch.Tensor, transform: Transform, epoch: int, rows: Rows) -> torch.Tensor:
     turns = transform.turns(epoch, rows)
     return images if turns is None else turn(images, turns)
-
-
-def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

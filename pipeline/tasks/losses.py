@@ -44,15 +44,14 @@ def execution_rate(routes: Sequence[CellRoute], world: World) -> Tensor:
     several ranks the value is the same on all of them and the gradients, once averaged, are those
     of one rank with the whole mini-batch.
     """
-    executed = torch.stack([route.weights.float().mean(0).sum() for route in routes])  # sum_i g_j^i
-    expected = executed.new_tensor(
-        [
-            sum(route.target**i for i in range(1, route.weights.shape[1] + 1))  # sum_i t^i
-            for route in routes
-            if route.target is not None
-        ]
-    )
-    return (world.mean(executed) - expected).square().mean()
+    # Numbers of the host are no tensor here: to make one on a device would wait for the device.
+    off = [
+        route.weights.float().mean(0).sum()  # sum_i g_j^i
+        - sum(route.target**i for i in range(1, route.weights.shape[1] + 1))  # sum_i t^i
+        for route in routes
+        if route.target is not None
+    ]
+    return world.mean(torch.stack(off)).square().mean()
 
 
 def different_routes(policies: Sequence[Policy], world: World) -> Tensor:

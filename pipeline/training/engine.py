@@ -99,6 +99,13 @@ class Engine:
             config=_deepspeed_config(config, world),
             dist_init_required=False,
         )
+        # All that these measure for is a report that nobody asked for, and they wait for the device
+        # twice in every step. A compiler would trace them, too.
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
+        # Its own look at one parameter after the other, for milliseconds at every update.
+        self._engine.zero_grad = self._inner.zero_grad
+        self._engine.clip_fp32_gradients = self._clip
         # DeepSpeed copies every gradient to a buffer and back to sum it, over a single rank too. It
         # also fills in those that are missing, without which the optimizer keeps no state of them.
         self._engine.enable_backward_allreduce = (
@@ -122,8 +129,6 @@ class Engine:
         if self._idle:
             self._idle.close()
         self._engine.destroy()
-        self._engine.module_forward_pre_hook.remove()  # which destroying leaves
-        self._engine.module_forward_post_hook.remove()
         if self._compiled:
             compiling.end(self.model)
         for parameter in self.model.parameters():
@@ -146,6 +151,9 @@ class Engine:
                 self._scale.update(overflow=self._optimizer.overflow)
                 self._optimizer.override_loss_scale(self._scale.value)
             self._to_step(self._steps + 1)
+
+    def _clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._engine.gradient_clipping())
 
     def _to_step(self, step: int) -> None:
         """Set the rates of an optimizer step; one that a loss scale skipped counts as made."""

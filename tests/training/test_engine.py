@@ -79,6 +79,17 @@ def test_a_single_rank_sums_its_gradients_with_nobody(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
+def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, zero_stage: int) -> None:
+    """To wait leaves the device idle while the next kernels are launched."""
+    from deepspeed.accelerator import get_accelerator
+
+    built = engine(lr=0.01, **{"train.zero_stage": zero_stage})
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: pytest.fail("waited"))
+    for _ in range(4):  # DeepSpeed's timers begin after two
+        assert norm(step(built)) > 0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
 def test_accumulated_halves_make_the_step_of_the_whole(zero_stage: int) -> None:
     whole = step(engine(**{"train.zero_stage": zero_stage}))
     halves = engine(**{"train.accumulation": 2, "train.zero_stage": zero_stage})
