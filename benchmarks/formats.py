@@ -43,7 +43,7 @@ def contestant(
     watch: Watch,
 ) -> Callable[[], float]:
     """One round of the bare loop, in images/s."""
-    config = configuration(Path(), model_name, batch_size, precision)
+    config = configuration(Path(), f"drnn/cifar10/{model_name}", batch_size, precision)
     model = network(config, CLASSES).to(watch.device, memory_format=weights)
     optimizer = optim.build(model, config.optimizer)
     held = batches(batch_size, inputs, watch.device)

@@ -109,7 +109,7 @@ def main(data: Path, model: str, batch_size: int, steps: int, rounds: int) -> No
     before = machine()
     world = World.detect()
     world.start()
-    config = configuration(data, model, batch_size, "fp32", ["train.log_every=1"])
+    config = configuration(data, f"drnn/cifar10/{model}", batch_size, "fp32", ["train.log_every=1"])
     with (
         tempfile.TemporaryDirectory() as name,
         socket.socket() as silent,

@@ -1,6 +1,6 @@
 """The trainer's throughput over that of a bare PyTorch loop: same network, same batches.
 
-    python -m benchmarks.trainer --data data/cifar10
+    python -m benchmarks.trainer --data data/cifar10 [train.compile=true ...]
 
 Three contestants alternate in one process: the bare loop and the trainer on batches held in memory,
 and the trainer on a shard set through its reader. Checkpoints and evaluations are not in the time,
@@ -197,11 +197,11 @@ class Bench:
 
 
 def configuration(
-    data: Path, model: str, batch_size: int, precision: str, others: Sequence[str] = ()
+    data: Path, recipe: str, batch_size: int, precision: str, others: Sequence[str] = ()
 ) -> Config:
-    """The recipe of the network for CIFAR-10, in which no epoch ends with an evaluation."""
+    """The recipe, in which no epoch ends with an evaluation."""
     return recipes.load(
-        f"drnn/cifar10/{model}",
+        recipe,
         [
             f"data.path={data}",
             f"train.batch_size={batch_size}",
@@ -221,8 +221,8 @@ def network(config: Config, classes: int) -> Network:
 
 
 @click.command(help=__doc__)
-@click.option("--data", type=Path, required=True, help="A prepared shard set of 32x32 images.")
-@click.option("--model", default="dr_resnet16", show_default=True)
+@click.option("--data", type=Path, required=True, help="A prepared shard set.")
+@click.option("--recipe", default="drnn/cifar10/dr_resnet16", show_default=True)
 @click.option("--batch-size", default=256, show_default=True)
 @click.option(
     "--precision",
@@ -232,17 +232,26 @@ def network(config: Config, classes: int) -> Network:
 )
 @click.option("--steps", default=12, show_default=True, help="Timed steps per round.")
 @click.option("--rounds", default=9, show_default=True)
-def main(data: Path, model: str, batch_size: int, precision: str, steps: int, rounds: int) -> None:
+@click.argument("overrides", nargs=-1)
+def main(
+    data: Path,
+    recipe: str,
+    batch_size: int,
+    precision: str,
+    steps: int,
+    rounds: int,
+    overrides: tuple[str, ...],
+) -> None:
     before = machine()
     world = World.detect()
     world.start()
-    config = configuration(data, model, batch_size, precision)
+    config = configuration(data, recipe, batch_size, precision, overrides)
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(WARM, steps, world.device)
         bench = Bench(config, world, Manifest.load(data), Path(folder), watch)
         figures = alternate(bench.contestants(), rounds)
     world.stop()
-    print(f"{model}, batch {batch_size}, {precision}, {steps} steps per round\n{before}")
+    print(f"{recipe}, batch {batch_size}, {precision}, {steps} steps per round\n{before}")
     for name, values in figures.items():
         compared = ratio(figures, name, "bare loop").text(3)
         print(f"{name:20} {Spread.of(values).text(0):>32} images/s, ratio {compared}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -45,10 +45,6 @@ class Decoded:
     images: torch.Tensor
     labels: npt.NDArray[np.int64]
     keys: tuple[str, ...]
-
-    def pin_memory(self) -> Decoded:
-        """The same in memory from which a GPU copies by itself; torch's loader calls this."""
-        return replace(self, images=self.images.pin_memory())
 
 
 class Finish(Protocol):

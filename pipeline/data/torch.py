@@ -6,7 +6,7 @@ import itertools
 import multiprocessing.context
 import signal
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class TorchReader:
             for item in itertools.islice(items, steps):
                 if isinstance(item, ShardError):
                     raise item
-                yield replace(item, images=item.images.to(self._device, non_blocking=True))
+                yield Decoded(self._upload(item.images), item.labels, item.keys)
             if isinstance(plan, BatchPlan):
                 self._ahead = epoch + 1, items
         finally:
@@ -89,14 +89,17 @@ class TorchReader:
             prefetch_factor=AHEAD if workers else None,
             multiprocessing_context=_clean_processes() if workers else None,
             worker_init_fn=_leave_stopping_to_the_trainer,
-            # A thread then takes over from the workers while this one launches kernels.
-            pin_memory=self._device.type == "cuda",
             # Without one of its own it draws from the default generator at every start, which
             # would shift the gates' noise in a resumed run.
             generator=torch.Generator(),
         )
         batches: Generator[Decoded | ShardError, None, None] = iter(loader)
         return batches
+
+    def _upload(self, images: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return images
+        return images.pin_memory().to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PHOTOMETRIC = {"data.augment.photometric": True, "data.augment.rotate": True}
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """From one update to the next no call may wait for the device; the steps that were watched."""
     watched: list[int] = []
-    after = Trainer._after_update
+    after, synchronize = Trainer._after_update, torch.cuda.synchronize
 
     def after_update(trainer: Trainer, verdict: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
@@ -31,8 +31,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             watched.append(done)
             torch.cuda.set_sync_debug_mode("error")
 
-    def refuse(*_: object) -> None:
+    def refuse(*device: Any) -> None:
         assert torch.cuda.get_sync_debug_mode() == 0, "the whole device was waited for"
+        synchronize(*device)
 
     monkeypatch.setattr(Trainer, "_after_update", after_update)
     monkeypatch.setattr(torch.cuda, "synchronize", refuse)
