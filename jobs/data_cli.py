@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.errors import Exit
 from jobs.options import ANY_PATH, FOLDER, QUIET
 
 if TYPE_CHECKING:
@@ -94,18 +95,22 @@ def prep(
         click.echo(describe.estimated(measure(opened, treatment, workers), out))
         return
     started = monotonic()
-    with console.preparation(f"preparing {out}", quiet) as report:
-        manifest = prepare(
-            opened,
-            out,
-            seed=seed,
-            samples_per_shard=samples_per_shard or SAMPLES_PER_SHARD,
-            shard_bytes=shard_size,
-            treatment=treatment,
-            workers=None if array else workers,
-            progress=report,
-            **({"pack": array} if array else {}),
-        )
+    try:
+        with console.preparation(f"preparing {out}", quiet) as report:
+            manifest = prepare(
+                opened,
+                out,
+                seed=seed,
+                samples_per_shard=samples_per_shard or SAMPLES_PER_SHARD,
+                shard_bytes=shard_size,
+                treatment=treatment,
+                workers=None if array else workers,
+                progress=report,
+                **({"pack": array} if array else {}),
+            )
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from here", err=True)
+        raise click.exceptions.Exit(Exit.INTERRUPTED) from None
     click.echo(describe.prepared(manifest, monotonic() - started))
 
 

@@ -150,6 +150,19 @@ def test_interrupted_before_it_trains(recipe: Path, tmp_path: Path) -> None:
     assert "bug of Reprise" not in done.stderr
 
 
+def test_an_interrupted_preparation_says_how_to_go_on(images: Path, tmp_path: Path) -> None:
+    prep = ("prep", "folder", "--source", images, "--out", "set", "--quiet")
+    with started(*prep, cwd=tmp_path) as process:
+        # The workers, which have not started yet, take longer than to look here again.
+        until((tmp_path / "set" / ".partial").is_dir, "the preparation has begun")
+        interrupt_group(process)
+        done = ended(process)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted; the same command goes on from here"]
+    assert command.reprise(*prep, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "set" / "manifest.json").is_file()
+
+
 LOST = """
 import os, signal, sys
 
