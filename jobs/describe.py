@@ -20,6 +20,7 @@ from data_prep.manifest import (
 if TYPE_CHECKING:
     from data_prep.estimate import Estimate
     from data_prep.inspection import Inspection
+    from pipeline.config import Config
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
@@ -57,7 +58,7 @@ def plan(planned: Plan) -> str:
             f"images, {what})",
             f"{_length(planned)}, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
-            f"{config.schedule.name} schedule, seed {config.seed}",
+            f"{_schedule(config)}, seed {config.seed}",
             *(_phase(stretch) for stretch in planned.stretches if config.phases),
             f"parameters: {cost.parameters:,}{trained}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
@@ -70,6 +71,13 @@ def plan(planned: Plan) -> str:
             table_of(rows, heads),
         ]
     )
+
+
+def _schedule(config: Config) -> str:
+    schedule, epochs = config.schedule, config.train.epochs
+    late = [f"{epoch:g}" for epoch in schedule.milestones if epochs and epoch >= epochs]
+    never = f" (milestones never reached: {', '.join(late)})" if late else ""
+    return f"{schedule.name} schedule{never}"
 
 
 def _length(planned: Plan) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from pipeline.signals import STOPS
 
 
 class StopRequest:
@@ -30,7 +30,7 @@ def note() -> StopRequest:
     if isinstance(installed, StopRequest):
         return installed
     request = StopRequest()
-    for number in SIGNALS:
+    for number in STOPS:
         signal.signal(number, request)
     return request
 
@@ -38,7 +38,7 @@ def note() -> StopRequest:
 @contextmanager
 def noted() -> Iterator[StopRequest]:
     """Note the signals in the block; what handled them before does so again after it."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOPS}
     try:
         yield note()
     finally:

@@ -9,12 +9,14 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import console, describe, stopping
 from jobs.errors import Exit, guarded
 from pipeline.loading import end_quickly, loading
+from pipeline.signals import STOPS, withheld
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -114,7 +116,7 @@ class LocalRanks:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=self.nproc,
-            signals_to_handle=",".join(number.name for number in stopping.SIGNALS),
+            signals_to_handle=",".join(number.name for number in STOPS),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -123,6 +125,8 @@ class LocalRanks:
         )
         if stopping.heed():  # from here on the launcher answers to signals
             return Exit.INTERRUPTED
+        with withheld():
+            resource_tracker.ensure_running()  # the ranks share it
         try:
             elastic_launch(launch, _as_rank)(self.task)
         except ChildFailedError as error:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,7 +22,9 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Augmentation(_Section):
@@ -52,6 +54,8 @@ class Augmentation(_Section):
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
                 raise ValueError(f"{name}=({low}, {high}) must be 0 < low <= high")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale={self.scale}: shares of an image's area are at most 1")
         return self
 
 
@@ -68,7 +72,6 @@ class Data(_Section):
     sigma: float | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="standard deviation of the noise to remove, of 255; makes the task denoising",
     )
     augment: Augmentation = Augmentation()
@@ -101,6 +104,9 @@ class ParameterGroup(_Section):
     weight_decay: float | None = Field(default=None, ge=0, description="None: as the optimizer's")
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
@@ -112,7 +118,7 @@ class Optimizer(_Section):
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.999), description="Adam and AdamW only")
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(
         default=None, gt=0, description="global L2 norm of the gradient"
@@ -122,7 +128,10 @@ class Optimizer(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov=true needs name=sgd and momentum > 0")
+            raise ValueError(
+                f"nesterov=true needs name=sgd and momentum > 0, and here are name={self.name} and "
+                f"momentum={self.momentum:g}: give nesterov=false"
+            )
         return self
 
 
@@ -150,8 +159,8 @@ class Schedule(_Section):
                 f"every_steps={self.every_steps} with name={self.name}: name=staircase needs "
                 "every_steps, the others take none"
             )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones={list(self.milestones)} must increase")
+        if list(self.milestones) != sorted({m for m in self.milestones if m > 0}):
+            raise ValueError(f"milestones={list(self.milestones)} must increase from above 0")
         if self.name == "one_cycle" and self.warmup_epochs:
             raise ValueError("one_cycle warms up by itself: set warmup_epochs=0")
         return self
@@ -505,10 +514,10 @@ def _is_plain(value: Any) -> bool:
 def _nearest(location: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        if isinstance(part, int):  # an entry of a list of sections
+        field = section.model_fields.get(str(part))
+        if field is None:  # an entry of a list or a dictionary of sections
             continue
-        field = section.model_fields.get(part)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        kinds = (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if inner is None:
             return ""

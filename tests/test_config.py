@@ -29,6 +29,19 @@ REFUSED = {
     ),
     "unknown fold": ("init_from={path: a, recursive: last}", ["init_from.recursive='last'"]),
     "typo near nothing": ("loss.zzz=1", ["'loss.zzz'", "loss.label_smoothing"]),
+    "typo in a group": (
+        "optimizer.groups.gate.lr_fctor=1",
+        ["did you mean 'optimizer.groups.gate.lr_factor'"],
+    ),
+    "Nesterov's momentum with Adam": ("optimizer={name: adam, nesterov: true}", ["nesterov=false"]),
+    "infinite rate": ("optimizer.lr=.inf", ["optimizer.lr=inf", "finite"]),
+    "infinite norm": ("optimizer.clip_norm=.inf", ["optimizer.clip_norm=inf", "finite"]),
+    "a beta over 1": ("optimizer.betas=[1.5, 0.9]", ["optimizer.betas.0=1.5", "less than 1"]),
+    "crops larger than the image": ("data.augment.scale=[0.1, 7]", ["scale=(0.1, 7.0)", "most 1"]),
+    "milestone before the start": (
+        "schedule={name: step, milestones: [-1, 1]}",
+        ["milestones=[-1.0, 1.0]", "above 0"],
+    ),
     "unknown role": ("optimizer.groups.gates.lr_factor=1", ["gates", "'gate'"]),
     "text for a number": ("train.epochs=many", ["train.epochs='many'", "integer"]),
     "fraction for an integer": ("train.batch_size=1.5", ["train.batch_size=1.5", "integer"]),
@@ -49,7 +62,7 @@ REFUSED = {
     "scale from zero": ("data.augment.scale=[0,1]", ["0 < low"]),
     "half of the probability": ("steps.probabilities={2: 0.5}", ["sum to 0.5", "sum to 1"]),
     "no probability": ("steps.probabilities={2: 0, 3: 1}", ["greater than 0", "leave out"]),
-    "probability of nan": ("steps.probabilities={2: .nan}", ["greater than 0"]),
+    "probability of nan": ("steps.probabilities={2: .nan}", ["probabilities.2=nan", "finite"]),
     "steps by name": ("steps.probabilities={two: 1}", ["steps.probabilities.two", "integer"]),
     "unknown draw": ("steps.draw=two", ["steps.draw='two'", "'all'"]),
     "a pull that never rises": (

@@ -18,8 +18,9 @@ from torch.utils.dlpack import from_dlpack
 
 from pipeline.data.augment import Geometry, Transform, resize
 from pipeline.data.loader import Decoded
+from pipeline.data.order import BatchPlan
 from pipeline.data.prefetch import prefetch
-from pipeline.data.shards import Sample, ShardSet
+from pipeline.data.shards import Sample, ShardError, ShardSet
 
 AHEAD = 2  # decoded batches waiting for the consumer
 
@@ -162,7 +163,9 @@ class DaliReader:
     @property
     def _batch_size(self) -> int:
         plan = self._transform.plan
-        return min(plan.batch_size, plan.samples)
+        return (
+            plan.batch_size if isinstance(plan, BatchPlan) else min(plan.batch_size, plan.samples)
+        )
 
 
 def _given(name: str, ndim: int) -> Any:
@@ -242,7 +245,9 @@ def _naming_the_culprit(samples: list[Sample]) -> Iterator[None]:
                 Image.open(io.BytesIO(sample.data.tobytes())).convert("RGB")
             except (OSError, SyntaxError):
                 raise sample.undecodable() from error
-        raise samples[0].error(
-            f"DALI cannot decode this or one of the {len(samples) - 1} samples after it, though "
-            f"Pillow can ({str(error).splitlines()[0]}); use reader=torch"
+        first = samples[0]
+        raise ShardError(
+            f"{first.shard.name}, key {first.key}: DALI cannot decode this or one of the "
+            f"{len(samples) - 1} samples after it, though Pillow can "
+            f"({str(error).splitlines()[0]}): use data.reader=torch"
         ) from error

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.context
-import signal
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from pipeline.data.augment import Transform, resize
+from pipeline.data.augment import Transform, resize, upload
 from pipeline.data.loader import Decoded
 from pipeline.data.order import BatchPlan
 from pipeline.data.shards import ShardError, ShardSet
+from pipeline.signals import withheld
 
 AHEAD = 2  # batches per worker process
 
@@ -48,7 +49,7 @@ class TorchReader:
             for item in itertools.islice(items, steps):
                 if isinstance(item, ShardError):
                     raise item
-                yield Decoded(self._upload(item.images), item.labels, item.keys)
+                yield replace(item, images=upload(item.images, self._device))
             if isinstance(plan, BatchPlan):
                 self._ahead = epoch + 1, items
         finally:
@@ -88,18 +89,11 @@ class TorchReader:
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
             multiprocessing_context=_clean_processes() if workers else None,
-            worker_init_fn=_leave_stopping_to_the_trainer,
             # Without one of its own it draws from the default generator at every start, which
             # would shift the gates' noise in a resumed run.
             generator=torch.Generator(),
         )
-        batches: Generator[Decoded | ShardError, None, None] = iter(loader)
-        return batches
-
-    def _upload(self, images: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return images
-        return images.pin_memory().to(self._device, non_blocking=True)
+        return _naming_the_killed(iter(loader))
 
 
 @dataclass(frozen=True)
@@ -196,13 +190,28 @@ def _clean_processes() -> multiprocessing.context.ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "webdataset", "torchvision.transforms.v2"])
+    # The trainer may want one more batch of them. To start the tracker takes two of the signals off
+    # the mask that the workers inherit from the server.
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+        with withheld():
+            start()
     return context
 
 
-def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A terminal and a scheduler signal all processes, and the trainer may want one more batch."""
-    for number in (signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _naming_the_killed(
+    batches: Generator[Decoded | ShardError, None, None],
+) -> Generator[Decoded | ShardError, None, None]:
+    """The same batches; raises ValueError where a worker process has ended."""
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # The last two come where it had said that a batch is ready, and cannot hand it over.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise ValueError(
+            "a worker process of the reader was killed, most likely for want of memory: give fewer "
+            "(data.workers), or smaller batches"
+        ) from error
 
 
 def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:

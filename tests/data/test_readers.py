@@ -3,8 +3,8 @@
 import itertools
 import json
 import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipeline.data.augment import Transform
 from pipeline.data.dali import DaliReader
 from pipeline.data.order import BatchPlan
 from pipeline.distributed import World
+from tests.conftest import ROOT
 
 READERS = [("dali", 2), ("torch", 0), ("torch", 2)]
 SEVERAL_SIZES = ((40, 60), (64, 33), (32, 32), (48, 48))
@@ -282,16 +283,35 @@ def test_worker_processes_serve_the_next_pass(plain):
     assert passes[0] == passes[1]
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_trainer(plain):
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_trainer(shards):
+    """Run apart: what serves the workers is started once per process, and keeps its signals."""
+    program = (
+        "import sys; from pathlib import Path; from tests.data.signalled import main;"
+        "main(Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, shards], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_killed_worker_is_said_to_be_one(plain):
     loader = training(plain, "torch", 2)
     batches = iter(loader)
-    some = [next(batches) for _ in range(2)]  # one of each
+    next(batches)
     for process in multiprocessing.active_children():
-        for number in (signal.SIGINT, signal.SIGUSR2):
-            os.kill(process.pid, number)
-    some += batches
+        process.kill()
+    with pytest.raises(ValueError, match=r"a worker process .* was killed.*data\.workers"):
+        list(batches)
     loader.close()
-    assert_same(some, training(plain, "torch", 0))
+
+
+@readers
+def test_a_batch_may_be_larger_than_the_set(plain, reader, workers):
+    options = {"repeats": 3, "global_batch": 100, "accumulation": 1}
+    (batch,) = training(plain, reader, workers, **options)
+    assert len(batch.keys) == 100 > len(set(batch.keys))
+    assert_same([batch], training(plain, "torch", 0, **options))
 
 
 def assert_nothing_runs(others):
