@@ -16,7 +16,7 @@ help:
 	@echo "make lint   set up, then check style, format and types"
 	@echo "make lab-up, make lab-down   a two-node SLURM on this one machine, to try things (root)"
 	@echo "make lock   renew requirements.lock from pyproject.toml"
-	@echo "make clean  remove the environment and what the demo wrote"
+	@echo "make clean  remove the environment and the folder of the demo (not mlflow.db, which has all runs)"
 
 setup: $(READY)
 
@@ -55,4 +55,4 @@ lock: setup
 	@echo "renewed requirements.lock; the next make installs it"
 
 clean:
-	rm -rf $(VENV) demo mlflow.db mlartifacts
+	rm -rf $(VENV) demo

@@ -1,11 +1,10 @@
 """Seconds that `reprise prep cifar` takes, from the start of the command to its end.
 
-python -m benchmarks.preparation
+python -m benchmarks.preparation --source cifar10-jpeg.tar.gz
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import click
 
-from benchmarks.measure import ROOT, Spread, alternate, machine
+from benchmarks.measure import Spread, alternate, machine
 from data_prep.manifest import Manifest
-
-DATA = Path(os.environ.get("REPRISE_DATA", ROOT.parent / "shared" / "data"))
 
 
 @click.command(help=__doc__)
-@click.option("--source", type=Path, default=DATA / "cifar10-jpeg.tar.gz", show_default=True)
+@click.option("--source", type=Path, required=True, help="CIFAR-10 as JPEGs in class folders.")
 @click.option("--rounds", default=3, show_default=True)
 def main(source: Path, rounds: int) -> None:
     before = machine()

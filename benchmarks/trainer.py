@@ -27,7 +27,7 @@ from pipeline.config import Config, Train
 from pipeline.data import Batch, train_loader
 from pipeline.distributed import World
 from pipeline.models import Network, create_model
-from pipeline.training import optim
+from pipeline.training import compiling, optim
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine
 from pipeline.training.trainer import MetricSink, Trainer
@@ -135,6 +135,8 @@ class Bench:
 
     def bare(self, batches: list[Batch]) -> Callable[[], float]:
         model = self._model()
+        if self.config.train.compile:
+            compiling.begin(model, self.config, self.world.device)
         optimizer = optim.build(model, self.config.optimizer)
         steps = self.watch.warm + self.watch.steps
 
@@ -186,7 +188,7 @@ class Bench:
             build_engine=lambda own, _: Engine(model, own, self.world, lambda step: 1.0),
             loader=loader,
             store=CheckpointStore(self.folder / name, self.world, keep_last=1),
-            evaluate=lambda: {"eval/top1": 0.0},
+            evaluate=lambda step: {"eval/top1": 0.0},
             sink=sink,
             shared={},
             identity={},
@@ -212,6 +214,26 @@ def configuration(
             *others,
         ],
     )
+
+
+def refuse_unequal(config: Config) -> None:
+    """The bare loop would do less than the trainer.
+
+    Raises:
+        click.UsageError: it has no such thing.
+    """
+    train = config.train
+    lacking = {
+        "train.accumulation": train.accumulation > 1,
+        "train.ema_decay": train.ema_decay is not None,
+        "optimizer.clip_norm": config.optimizer.clip_norm is not None,
+        "steps": bool(config.steps.probabilities),
+        "data.sigma": config.data.sigma is not None,
+        "phases": bool(config.phases),
+        "pull": config.pull is not None,
+    }
+    if odd := [name for name, has in lacking.items() if has]:
+        raise click.UsageError(f"the bare loop has no {', '.join(odd)}: give another recipe")
 
 
 def network(config: Config, classes: int) -> Network:
@@ -246,6 +268,7 @@ def main(
     world = World.detect()
     world.start()
     config = configuration(data, recipe, batch_size, precision, overrides)
+    refuse_unequal(config)
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(WARM, steps, world.device)
         bench = Bench(config, world, Manifest.load(data), Path(folder), watch)

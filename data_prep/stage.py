@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.files import sync
+from data_prep.files import name_aside, sync
 from data_prep.manifest import MANIFEST_NAME, Manifest, Shard
 
 _CHUNK = 4 * 2**20
@@ -85,7 +85,7 @@ def _hash(path: Path) -> str:
 
 def _copy(source: Path, target: Path, expected: str) -> None:
     """Copy aside, sync, compare, rename."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    aside = name_aside(target)
     digest = hashlib.sha256()
     try:
         with source.open("rb") as file, aside.open("wb") as copy:

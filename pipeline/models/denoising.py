@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.cells import ConvCell
-from pipeline.models.network import Network, Output
+from pipeline.models.network import Network, Output, check_sync_norm
 from pipeline.models.norms import BANKS
 from pipeline.models.routers import FixedRouter
 from pipeline.models.sharing import Sharing, check, convolution
@@ -77,8 +77,7 @@ def _denoiser(
     sharing: str = "raw",
 ) -> Denoiser:
     """Refuse what makes no sense for this network, fill in its defaults, build it."""
-    if not isinstance(sync_norm, bool):
-        raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
+    check_sync_norm(sync_norm)
     if norm is not None and norm not in list(BANKS):
         raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(BANKS)}")
     if norm is not None and name in STANDARD:

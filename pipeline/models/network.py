@@ -130,6 +130,11 @@ def check_common_options(num_classes: int, sync_norm: bool) -> None:
         raise ValueError(
             f"num_classes={num_classes!r} is not a positive integer: count the classes"
         )
+    check_sync_norm(sync_norm)
+
+
+def check_sync_norm(sync_norm: bool) -> None:
+    """Raises ValueError for what is no truth value: text of a command line, say."""
     if not isinstance(sync_norm, bool):
         raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
 

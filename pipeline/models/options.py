@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.models import sharing as of_steps
+from pipeline.models.network import check_common_options
 from pipeline.models.norms import BANKS
 from pipeline.models.sharing import Sharing
 
@@ -54,12 +55,7 @@ def check(
     Raises:
         ValueError: a value that is not valid, or makes no sense for this kind of network.
     """
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(
-            f"num_classes={num_classes!r} is not a positive integer: count the classes"
-        )
-    if not isinstance(sync_norm, bool):
-        raise ValueError(f"sync_norm={sync_norm!r} is neither true nor false: give one of them")
+    check_common_options(num_classes, sync_norm)
     if norm is not None and norm not in list(BANKS):
         raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(BANKS)}")
     if norm is not None and kind not in RECURSIVE:

@@ -40,7 +40,7 @@ def terms(
 def execution_rate(routes: Sequence[CellRoute], world: World) -> Tensor:
     """L_acc, DRNN Eq. 12: squared distance of each cell's executed steps from its target.
 
-    The rate g_j^i of cell j at step i is over the global mini-batch; its target is t^i. With
+    The rate g_j^i of cell j at step i is over the micro-batch of all ranks; its target is t^i. With
     several ranks the value is the same on all of them and the gradients, once averaged, are those
     of one rank with the whole mini-batch.
     """
@@ -58,7 +58,7 @@ def different_routes(policies: Sequence[Policy], world: World) -> Tensor:
     """How far the mean policy is from uniform, summed over iterations: ReSet Eq. 13, lambda_1.
 
     That is the paper's negative entropy of the mean plus a constant, so that it is never negative;
-    the mean is over the global mini-batch, as in `execution_rate`.
+    the mean is over the micro-batch of all ranks, as in `execution_rate`.
     """
     lacking = []
     for policy in policies:

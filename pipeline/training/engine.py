@@ -99,11 +99,11 @@ class Engine:
             config=_deepspeed_config(config, world),
             dist_init_required=False,
         )
-        # All that these measure for is a report that nobody asked for, and they wait for the device
-        # twice in every step. A compiler would trace them, too.
+        # They measure for a report that nobody asked for, and wait for the device twice in every
+        # step to do so; torch.compile would trace them with the network.
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
-        # Its own look at one parameter after the other, for milliseconds at every update.
+        # Without ZeRO it would go from parameter to parameter, for milliseconds at every update.
         self._engine.zero_grad = self._inner.zero_grad
         self._engine.clip_fp32_gradients = self._clip
         # DeepSpeed copies every gradient to a buffer and back to sum it, over a single rank too. It

@@ -16,6 +16,21 @@ from pipeline.training import phases
 from pipeline.training.checkpoint import Checkpoint, CheckpointError
 from pipeline.training.plan import build_model
 
+# Where and how, or how often it is told: keys and beginnings of keys.
+FREE = (
+    "train.precision",
+    "train.compile",
+    "train.zero_stage",
+    "train.evaluate_every",
+    "train.log_every",
+    "data.path",
+    "data.reader",
+    "data.workers",
+    "data.eval_batch_size",
+    "checkpoints",
+    "experiment",
+)
+
 
 def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What must not change over the life of a run directory."""
@@ -37,6 +52,25 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
                 f"checkpoint {checkpoint.path} has {key} {saved.get(key)}, now {expected}: use the "
                 f"{key.replace('_', ' ')} it was trained with, or start a new run directory"
             )
+
+
+def check_config(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on with a configuration that was changed since in what decides the training.
+
+    Raises:
+        CheckpointError: it was; every such key is listed with both values.
+    """
+    saved, now = checkpoint.load("identity")["config"], config.flat()
+    odd = [
+        f"{key}={now.get(key)} instead of {saved.get(key)}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+    if odd:
+        raise CheckpointError(
+            f"the configuration is not that of checkpoint {checkpoint.path}: {', '.join(odd)}. Set "
+            f"it back, or start a new run; what may change is {', '.join(FREE)}"
+        )
 
 
 def load_model(model: Network, origin: Path, saved: Mapping[str, Tensor]) -> None:

@@ -94,7 +94,7 @@ def _run_owned(
         trainer = _build(planned, directory, world, tracker, display, stop_requested)
         with closing(trainer.loader):
             outcome = trainer.train(stop_after)
-        if outcome is Outcome.FINISHED and planned.config.pull:
+        if outcome is Outcome.FINISHED and not _is_consolidated(planned, trainer, directory):
             _consolidate(planned, trainer, directory, tracker)
         if world.is_main and outcome is Outcome.FINISHED:
             _hand_over(trainer.store, directory, tracker)
@@ -239,6 +239,19 @@ def open_evaluation(
         split=split,
         noise=Noise.of(config),
     )
+
+
+def _is_consolidated(planned: Plan, trainer: Trainer, directory: RunDirectory) -> bool:
+    """Whether nothing is tied, or a call before this one has done it; rank 0's answer on all ranks.
+
+    To do it again would delete the evaluations that were made since.
+    """
+    done = planned.config.pull is None
+    if trainer.world.is_main and not done:
+        folder = directory.consolidated.evaluation_of(planned.manifest)
+        made = (folder / evaluation.SUMMARY).is_file()
+        done = made and evaluation.load(folder)[0].step == trainer.progress.step
+    return bool(trainer.world.broadcast(done))
 
 
 def _consolidate(

@@ -27,7 +27,7 @@ from pipeline.training.checkpoint import Checkpoint, CheckpointError, Checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.metrics import Window
 from pipeline.training.randomness import RandomStates
-from pipeline.training.restore import check_identity, load_model
+from pipeline.training.restore import check_config, check_identity, load_model
 
 log = logging.getLogger(__name__)
 
@@ -385,9 +385,10 @@ class Trainer:
         """Continue where the checkpoint was saved.
 
         Raises:
-            CheckpointError: it is of another class map, model or number of ranks.
+            CheckpointError: it is of another class map, model or configuration.
         """
         check_identity(checkpoint, self.identity)
+        check_config(checkpoint, self.config)
         load_model(self.model, checkpoint.path, checkpoint.load("model"))
         if self.average:
             self.average.load_state_dict(checkpoint.load("average"))

@@ -1,4 +1,4 @@
-"""A training step only queues work: where the host waits for a GPU, the GPU then waits for it."""
+"""A step in fp32 or bf16 only queues work: a GPU that is waited for then waits for the host."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from pipeline.training.trainer import Trainer
 from tests.training.conftest import Tiny, journal_only, tiny, train  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.gpu
-WARM = 3  # steps in which kernels are chosen and compiled, and DeepSpeed's timers not begun
+WARM = 3  # steps in which kernels are chosen and compiled
 SAMPLED = {"model": "rc_r2", "steps.probabilities": "{2: 0.4, 3: 0.3, 4: 0.3}"}
 PHOTOMETRIC = {"data.augment.photometric": True, "data.augment.rotate": True}
 

@@ -163,6 +163,12 @@ def test_a_run_pulls_logs_angles_and_consolidates(
     assert re.search(r"parameters, consolidated; \d+,\d+ in training", page)
     assert report.write(made).read_text()
 
+    # ... which another call of the training leaves alone, with what was made of it since, ...
+    since = made.evaluation / "since"
+    since.mkdir()
+    assert train(tiny.config(**RELAXED), run) == 0
+    assert since.is_dir()
+
     # ... which the command writes again, to the last bit, and which cannot be trained on.
     before = digest(checkpoint.find(made.checkpoints).load("model"))
     first, second, angle, path = Consolidate(run, quiet=True)()

@@ -212,6 +212,28 @@ def test_a_checkpoint_of_something_else_is_refused(
     assert f"has {key} {CHANGED[key]}" in capsys.readouterr().err
 
 
+def test_a_changed_configuration_is_refused_where_it_decides_the_training(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the run directory, by hand; to call it with another is refused in any case."""
+    run = tmp_path / "run"
+
+    def edited(**values: object) -> Config:
+        config = tiny.config(**values)
+        RunDirectory(run).config_file.write_text(config.to_yaml())
+        return config
+
+    assert train(tiny.config(), run, stop_after=2) == 0
+    changed = {"train.epochs": 4, "optimizer.groups.norm.weight_decay": 0, "data.workers": 1}
+    assert train(edited(**changed), run) == Exit.USER_ERROR
+    message = capsys.readouterr().err
+    assert "train.epochs=4 instead of 3" in message
+    assert "optimizer.groups.norm.weight_decay=0.0 instead of None" in message
+    assert "data.workers=" not in message
+    free = {"data.workers": 1, "data.reader": "torch", "train.log_every": 3, "train.zero_stage": 1}
+    assert train(edited(**free), run, stop_after=4) == 0
+
+
 def test_a_checkpoint_of_another_shape_lists_the_keys(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
