@@ -18,12 +18,14 @@ _WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 def send_journals(runs: Path) -> None:
     """Send what the runs' journals still hold; a store that cannot be reached is asked once."""
+    from jobs.runs import directories
     from pipeline import tracking
+    from pipeline.tracking.journal import JOURNAL
 
-    journals = sorted(runs.glob("*/journal.jsonl"))
-    for number, journal in enumerate(journals, start=1):
-        if not tracking.replay(journal.parent, timeout=REPLAY_SECONDS):
-            log.warning("%d more runs are not asked for what they hold", len(journals) - number)
+    told = directories(runs, holding=JOURNAL)  # the parent of a sweep has this and no configuration
+    for number, run in enumerate(told, start=1):
+        if not tracking.replay(run, timeout=REPLAY_SECONDS):
+            log.warning("%d more runs are not asked for what they hold", len(told) - number)
             return
 
 

@@ -17,7 +17,7 @@ from jobs.record import Job
 from jobs.scheduler import State
 from jobs.submit import Request
 from pipeline.config import ConfigError
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import CONFIG, RunDirectory
 from pipeline.tracking import journal
 
 SCORES = ("eval/top1", "eval/psnr")
@@ -59,9 +59,9 @@ def find(name: str, runs: Path) -> Path:
     raise ConfigError(f"there is no run {name!r}: {hint}`reprise runs` lists those below {runs}")
 
 
-def directories(runs: Path) -> list[Path]:
-    """The run directories below a folder, members of sweeps included."""
-    found = [*runs.glob("*/config.yaml"), *runs.glob("*/*/config.yaml")]
+def directories(runs: Path, holding: str = CONFIG) -> list[Path]:
+    """The folders below a folder that hold such a file, those of the members of sweeps included."""
+    found = [*runs.glob(f"*/{holding}"), *runs.glob(f"*/*/{holding}")]
     return sorted(path.parent for path in found)
 
 

@@ -1,11 +1,13 @@
 """The command line: what it shows, what it refuses and how, and that a refusal leaves nothing."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
@@ -391,6 +393,24 @@ def test_the_ui_asks_an_unreachable_store_once(tmp_path: Path, monkeypatch, capl
     assert "2 more runs" in caplog.text
     assert "run " + str(tmp_path / "a") in caplog.text
     assert "run " + str(tmp_path / "b") not in caplog.text
+
+
+def test_the_ui_sends_what_the_members_of_a_sweep_hold(tmp_path: Path, monkeypatch) -> None:
+    from jobs import mlflow_page
+    from pipeline.tracking import Tracker
+
+    monkeypatch.setattr(mlflow_page, "REPLAY_SECONDS", command.PATIENCE)
+    uri, sweep = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "runs" / "sweep"
+    Tracker(sweep, run_name="sweep", experiment="x", uri=uri).close("FINISHED")
+    member = Tracker(sweep / "seed=0", run_name="seed=0", experiment="x", uri=uri, parent=sweep)
+    member.metrics({"loss": 1.0}, 1)
+    member.close("FINISHED")
+    mlflow_page.send_journals(tmp_path / "runs")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as rows:
+        runs = rows.execute("select name, status from runs").fetchall()
+        points = rows.execute("select key, value, step from metrics").fetchall()
+    assert sorted(runs) == [("seed=0", "FINISHED"), ("sweep", "FINISHED")]
+    assert points == [("loss", 1.0, 1)]
 
 
 def _ours() -> int:
