@@ -22,11 +22,19 @@ def send_journals(runs: Path) -> None:
     from pipeline import tracking
     from pipeline.tracking.journal import JOURNAL
 
-    told = directories(runs, holding=JOURNAL)  # the parent of a sweep has this and no configuration
+    # The parent of a sweep has a journal and no configuration.
+    told = [run for run in directories(runs, holding=JOURNAL) if _has_begun(run / JOURNAL)]
     for number, run in enumerate(told, start=1):
         if not tracking.replay(run, timeout=REPLAY_SECONDS):
             log.warning("%d more runs are not asked for what they hold", len(told) - number)
             return
+
+
+def _has_begun(path: Path) -> bool:
+    """Not so a run that waits for its job: what is sent for it by others would give it an end."""
+    from pipeline.tracking import journal
+
+    return any("params" not in record for record, _ in journal.read(path) if record)
 
 
 def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:

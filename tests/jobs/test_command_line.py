@@ -405,10 +405,13 @@ def test_the_ui_sends_what_the_members_of_a_sweep_hold(tmp_path: Path, monkeypat
     member = Tracker(sweep / "seed=0", run_name="seed=0", experiment="x", uri=uri, parent=sweep)
     member.metrics({"loss": 1.0}, 1)
     member.close("FINISHED")
+    waiting = Tracker(sweep / "seed=1", run_name="seed=1", experiment="x", uri=uri, parent=sweep)
+    waiting.params({"seed": 1})
     mlflow_page.send_journals(tmp_path / "runs")
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as rows:
         runs = rows.execute("select name, status from runs").fetchall()
         points = rows.execute("select key, value, step from metrics").fetchall()
+    # The one that waits for its job is sent by it, and has no end before.
     assert sorted(runs) == [("seed=0", "FINISHED"), ("sweep", "FINISHED")]
     assert points == [("loss", 1.0, 1)]
 
