@@ -60,9 +60,13 @@ def find(name: str, runs: Path) -> Path:
 
 
 def directories(runs: Path, holding: str = CONFIG) -> list[Path]:
-    """The folders below a folder that hold such a file, those of the members of sweeps included."""
+    """The folders below a folder that hold such a file, those of the members of sweeps included.
+
+    A consolidated network is a part of the run that it was made of.
+    """
     found = [*runs.glob(f"*/{holding}"), *runs.glob(f"*/*/{holding}")]
-    return sorted(path.parent for path in found)
+    folders = sorted(path.parent for path in found)
+    return [path for path in folders if not RunDirectory(path).consolidation.is_file()]
 
 
 def table(runs: Path) -> list[Row]:

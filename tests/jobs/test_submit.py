@@ -16,6 +16,7 @@ from jobs.record import Job
 from jobs.submit import Request
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
+from pipeline.run_directory import RunDirectory
 from tests.conftest import ROOT
 from tests.jobs.command import PATIENCE, assert_untouched, start
 
@@ -153,6 +154,15 @@ def test_states_are_asked_of_the_queue_and_then_of_the_accounting(
     assert found["8"].nodes == "node1"
     assert found["9"].name == "CANCELLED"
     assert found.keys() == {"7_1", "8", "9"}
+
+
+def test_a_consolidated_network_is_no_run_of_its_own(tiny: Config, tmp_path: Path) -> None:
+    own = RunDirectory(tmp_path / "runs" / "relaxed")
+    for directory in (own, own.consolidated):
+        directory.path.mkdir(parents=True)
+        directory.config_file.write_text(tiny.to_yaml())
+    own.consolidated.consolidation.write_text("{}")
+    assert [row.run for row in runs.table(tmp_path / "runs")] == [own.path]
 
 
 def command(*words: object, cwd: Path) -> tuple[int, str, str]:
