@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipeline.tracking import journal
 
 SCORES = ("eval/top1", "eval/psnr")
 LOOK_SECONDS = 1.0
+REASON = 60  # characters, of why a run cannot be read
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,20 @@ def shown(rows: Sequence[Row], folder: Path) -> str:
 
 
 def _row(run: Path, job: Job | None, states: dict[str, State]) -> Row:
-    config, done = RunDirectory(run).read_config(), progress(run)
     state = states.get(job.id) if job else None
-    return Row(
-        run=run,
-        state=_state(run, job, state, done),
-        epochs=config.train.epochs,
-        progress=done,
-        nodes=state.nodes if state and state.alive else "",
-        job=f"{job.id} on {job.cluster}" if job else "",
-    )
+    nodes = state.nodes if state and state.alive else ""
+    where = f"{job.id} on {job.cluster}" if job else ""
+    try:
+        config, done = RunDirectory(run).read_config(), progress(run)
+    except ConfigError as error:  # such as of another version; the others are listed all the same
+        return Row(run, f"unreadable: {_brief(error, run)}", None, Progress(), nodes, where)
+    return Row(run, _state(run, job, state, done), config.train.epochs, done, nodes, where)
+
+
+def _brief(error: ConfigError, run: Path) -> str:
+    """Without the path, which the row begins with anyway."""
+    text = str(error).replace(str(RunDirectory(run).config_file), CONFIG)
+    return textwrap.shorten(text, REASON, placeholder=" ...")
 
 
 def _state(run: Path, job: Job | None, state: State | None, done: Progress) -> str:

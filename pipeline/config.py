@@ -440,7 +440,12 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no configuration: give `key: value` lines")
-    return build(values, overrides)
+    try:
+        return build(values, overrides)
+    except ConfigError as error:
+        if overrides:
+            raise  # the key that it names may be one of theirs
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

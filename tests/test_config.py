@@ -180,6 +180,16 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
     assert "\n" not in str(refused.value)
 
 
+def test_a_file_with_a_mistake_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(config.build(BASE).to_yaml().replace("seed:", "sead:"))
+    with pytest.raises(ConfigError) as refused:
+        config.read(file)
+    assert str(refused.value).startswith(f"{file}: unknown key 'sead'")
+    with pytest.raises(ConfigError, match=r"^unknown key 'sead'"):
+        config.read(file, ["seed=4"])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         config.read(tmp_path / "nowhere.yaml")

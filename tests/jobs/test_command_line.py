@@ -128,6 +128,24 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     assert_untouched(tmp_path)
 
 
+def test_one_unreadable_run_does_not_hide_the_others(
+    reprise, finished: Path, tmp_path: Path
+) -> None:
+    for name in ("bad", "good"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    bad = Path("runs/bad/config.yaml")
+    bad.write_text(bad.read_text().replace("seed:", "sead:"))
+    listed = reprise("runs")
+    assert listed.code == 0
+    first, second = listed.out.splitlines()[2:]
+    assert first.split()[0] == "bad"
+    assert "unreadable: config.yaml: unknown key 'sead'" in first
+    assert second.split()[:2] == ["good", "finished"]
+    refused = reprise("eval", "runs/bad", "--quiet")
+    assert refused.code == 2
+    assert f"{bad}: unknown key 'sead'" in refused.err
+
+
 def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_path: Path) -> None:
     answer = reprise("train", recipe, "optimizer.groups.gate.lr_factor=0.5", "--dry-run")
     assert answer.code == 0
