@@ -9,7 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,10 @@ from pipeline.run_directory import RunDirectory
 if TYPE_CHECKING:
     import psutil
 
+    from pipeline.tracking import Announcer
     from pipeline.training.plan import Plan
 
 log = logging.getLogger(__name__)
-Announce = Callable[[Path, float], bool]
-"""Tells MLflow of a run directory, within so many seconds; False where nobody answers."""
 CODE = Path(__file__).resolve().parent.parent
 PACKAGES = ("jobs", "pipeline", "data_prep")
 SIGNAL_EARLY_S = 60  # SLURM may send a signal before a time limit this much sooner than asked
@@ -158,9 +157,8 @@ def submit(config: Config, run: Path, request: Request) -> Job:
     with tracking.announcer() as announce:
         check(config, run, request)
         ask_site(request)
-        with made(config, run):
+        with made(config, run), announced(announce, run):
             snapshot(run / "code")
-            tell(announce, run)
             (job,) = queue({run: config}, request, run)
     return job
 
@@ -180,33 +178,45 @@ def made(config: Config, run: Path, sweep: Path | None = None) -> Iterator[None]
     """
     from pipeline.tracking import Tracker
 
-    directory, existed = RunDirectory(run), run.exists()
-    with _alone(run):
+    directory = RunDirectory(run)
+    with alone(run), undone(run):
         refuse_second(run)
+        directory.claim(config)
         try:
-            directory.claim(config)
-            try:
-                Tracker(run, run_name=run.name, experiment=config.experiment, parent=sweep).params(
-                    config.flat()
-                )
-            finally:
-                directory.release()
-            yield
-        except BaseException:
-            if not existed:
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+            Tracker(run, run_name=run.name, experiment=config.experiment, parent=sweep).params(
+                config.flat()
+            )
+        finally:
+            directory.release()
+        yield
 
 
 @contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """One submission of a run at a time."""
+def undone(*paths: Path) -> Iterator[None]:
+    """Those of the files and folders that are not there yet are gone again if the block fails."""
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """One submission of a run, or of a sweep, at a time."""
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = run.parent / f".{run.name}.submit.lock"
     try:
         with FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise ConfigError(f"{run} is being submitted by another process: wait for it") from None
 
@@ -250,14 +260,24 @@ def snapshot(folder: Path) -> None:
         )
 
 
-def tell(announce: Announce, run: Path) -> None:
-    """Create the MLflow run, or all of a sweep; a server that is down gets them from the jobs."""
-    if not announce(run, TRACKING_SECONDS):
-        log.warning(
-            "the tracking server does not answer: training keeps its journal, and the MLflow run "
-            "of %s is created when it does",
-            run,
-        )
+@contextlib.contextmanager
+def announced(announce: Announcer, run: Path) -> Iterator[None]:
+    """The MLflow run, or all of a sweep, is there before a job starts; not so if the block fails.
+
+    A server that is down gets them from the jobs.
+    """
+    try:
+        if not announce(run, TRACKING_SECONDS):
+            log.warning(
+                "the tracking server does not answer: training keeps its journal, and the MLflow "
+                "run of %s is created when it does",
+                run,
+            )
+        yield
+    except BaseException:
+        if not announce.withdraw(TRACKING_SECONDS):
+            log.warning("MLflow may keep %s as a run that waits: delete it there", run)
+        raise
 
 
 def queue(
@@ -273,8 +293,12 @@ def queue(
         folder: holds the snapshot, and what submitit writes.
         max_parallel: members of the array that may run at a time.
         after: a job that must have ended before.
+
+    Raises:
+        ValueError: the scheduler refuses.
     """
     import submitit
+    from submitit.core.utils import FailedJobError
 
     tasks = [OnCluster(Train(config, run.resolve())) for run, config in runs.items()]
     own, profile = (folder / "slurm").resolve(), request.profile
@@ -296,7 +320,10 @@ def queue(
         wanted = parameters(request, list(runs), folder)
         limits = {"array_parallelism": max_parallel, "dependency": after and f"afterany:{after}"}
         executor.update_parameters(**wanted, **{k: v for k, v in limits.items() if v is not None})
-    handles = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+    try:
+        handles = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+    except FailedJobError as error:
+        raise ValueError(f"sbatch refuses: {' '.join(str(error).split())}") from None
     jobs = []
     for run, handle in zip(runs, handles, strict=True):
         job = Job(

@@ -13,8 +13,10 @@ from jobs.record import Job
 from jobs.submit import Request
 from pipeline import recipes
 from pipeline.config import Config, ConfigError
+from pipeline.tracking import journal
 
 LARGEST_ARRAY = 1000  # where a site does not tell
+TRACKED = (journal.JOURNAL, journal.IDENTITY, journal.SENT, journal.LOG, journal.LOCK)
 
 
 def expand(overrides: Iterable[str]) -> dict[str, list[str]]:
@@ -67,12 +69,16 @@ def start(
         largest = largest_array()
         experiment = next(iter(runs.values())).experiment
         jobs: list[Job] = []
+        stack.enter_context(submit.alone(folder))
+        # A folder that is there already may hold members of an earlier call.
+        own = (folder / name for name in ("code", "slurm", *TRACKED))
+        stack.enter_context(submit.undone(folder, *own))
         folder.mkdir(parents=True, exist_ok=True)
         _track(folder, experiment)
         for run, config in runs.items():
             stack.enter_context(submit.made(config, run, folder))
+        stack.enter_context(submit.announced(announce, folder))
         submit.snapshot(folder / "code")
-        submit.tell(announce, folder)
         try:
             left = iter(runs.items())
             while chunk := dict(itertools.islice(left, largest)):

@@ -6,6 +6,7 @@ could not be sent is sent when the run is started again or `reprise ui` is calle
 """
 
 from pipeline.tracking.tracker import (
+    Announcer,
     Status,
     Tracker,
     announcer,
@@ -15,4 +16,13 @@ from pipeline.tracking.tracker import (
     ui_command,
 )
 
-__all__ = ["Status", "Tracker", "announcer", "history", "replay", "store_uri", "ui_command"]
+__all__ = [
+    "Announcer",
+    "Status",
+    "Tracker",
+    "announcer",
+    "history",
+    "replay",
+    "store_uri",
+    "ui_command",
+]

@@ -10,7 +10,7 @@ from pipeline.tracking.journal import Identity, Record, Sent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Run, RunInfo
 
 METRICS_PER_CALL = 1000  # MLflow's limits for one batch
 PARAMS_PER_CALL = 100
@@ -28,6 +28,8 @@ class Outlet:
         self._training = training
         self._client: MlflowClient | None = None
         self._run_id = ""
+        self._is_new = False
+        self._before: RunInfo | None = None
 
     def connected(self) -> "MlflowClient":
         """The client, after the run was found or created and, in training, marked as running."""
@@ -74,7 +76,20 @@ class Outlet:
 
     def schedule(self) -> None:
         """Marks the run as one that waits to be started."""
-        self.connected().update_run(self._run_id, status="SCHEDULED")
+        client = self.connected()
+        self._before = client.get_run(self._run_id).info
+        client.update_run(self._run_id, status="SCHEDULED")
+
+    def withdraw(self) -> None:
+        """Takes `schedule` back: a run that it created is deleted, another one is as it was."""
+        if self._client is None:
+            return
+        if self._is_new:
+            self._client.delete_run(self._run_id)
+            if identity := Identity.load(self._run_dir):
+                replace(identity, run_id=None).save(self._run_dir)
+        elif self._before is not None:
+            self._client.update_run(self._run_id, status=self._before.status)
 
     def close(self, status: str, end_ms: int) -> None:
         """Gives the run its end: a status of MLflow's and a time in milliseconds."""
@@ -93,6 +108,7 @@ class Outlet:
                 above = Outlet(Path(identity.parent), training=False)
                 above.connected()
                 tags[PARENT_TAG] = above._run_id
+            self._is_new = True
             client.create_run(experiment_id, tags=tags, run_name=identity.run_name)
             # An earlier creation whose answer never came may have happened after all.
             runs = _with_uid(client, experiment_id, identity.uid)

@@ -169,15 +169,36 @@ def _leave_after(parent: int) -> None:
     os._exit(LEFT)
 
 
-def _announce(run_dir: Path, parent: int) -> int:
+def _announce(run_dir: Path, parent: int, answers: int) -> int:
+    """Announces, writes the status to the descriptor, and takes all back if it is told to."""
+    told: list[Outlet] = []
+    try:
+        # No longer than that: the training which is started then waits for the lock.
+        with FileLock(run_dir / journal.LOCK, timeout=0):
+            status = _schedule(run_dir, parent, told)
+    except Timeout:
+        status = BUSY
+    os.write(answers, bytes([status]))
+    if not sys.stdin.buffer.readline():
+        return status
+    try:
+        for outlet in reversed(told):
+            outlet.withdraw()
+    except Exception as error:
+        log.warning("what waits cannot be taken back: %s: %s", type(error).__name__, error)
+        return LEFT
+    return DRAINED
+
+
+def _schedule(run_dir: Path, parent: int, told: list[Outlet]) -> int:
     """Creates the run, and those of the run directories within; one that has such is over then."""
     members = [path.parent for path in sorted(run_dir.glob(f"*/{journal.IDENTITY}"))]
     try:
-        Outlet(run_dir, training=False).schedule()
-        if members:
-            Sender(run_dir, parent, follow=False).run()
-        for member in members:
-            Outlet(member, training=False).schedule()
+        for number, folder in enumerate([run_dir, *members]):
+            told.append(Outlet(folder, training=False))
+            told[-1].schedule()
+            if members and number == 0:
+                Sender(run_dir, parent, follow=False).run()
     except Exception as error:  # whatever it is, the training will ask again
         log.warning("the run cannot be created now: %s: %s", type(error).__name__, error)
         return LEFT
@@ -189,9 +210,12 @@ def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
 
     Mode `follow` goes on until the training ends; `finish` sends what is left right after it, and
     `drain` at any later time. `announce` only creates the run, for a training that is not started
-    yet; it is told of which on its standard input. The first two wait for a sender that a killed
+    yet; it is told of which by a line on its standard input, answers with a byte on its standard
+    output, and takes that back on another line. The first two wait for a sender that a killed
     training process left behind: it ends soon.
     """
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever else is printed is no answer
     # Ctrl-C and a scheduler's signals are for the training process, which decides when to end.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -206,10 +230,10 @@ def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
         return DRAINED
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what goes wrong is reported above
+    if mode == "announce":
+        return _announce(run_dir, parent, answers)
     try:
         with FileLock(run_dir / journal.LOCK, timeout=-1 if mode in ("follow", "finish") else 0):
-            if mode == "announce":
-                return _announce(run_dir, parent)
             return Sender(run_dir, parent, mode == "follow").run()
     except Timeout:
         return BUSY

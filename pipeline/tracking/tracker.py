@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -231,26 +232,43 @@ def replay(run_dir: Path, timeout: float = 60.0) -> bool:
     return _is_done(run_dir, code)
 
 
+class Announcer:
+    """Tells MLflow of trainings that wait to be started; see `announcer`."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._told = False
+
+    def __call__(self, run_dir: Path, timeout: float) -> bool:
+        """Tells of a run directory, and of those within, once; False where no server answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._told = True
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), os.fsencode(run_dir.resolve()) + b"\n")
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            self._process.kill()
+        return bool(set(self._process.stdout.read(1)) & {DRAINED, BUSY})
+
+    def withdraw(self, timeout: float) -> bool:
+        """Takes it back, in MLflow and in run directories that are left; False where it cannot.
+
+        A run that was created is deleted, another one has the status from before.
+        """
+        if not self._told:
+            return True
+        return _end(self._process, time.monotonic() + timeout, b"withdraw") == DRAINED
+
+
 @contextlib.contextmanager
-def announcer() -> Iterator[Callable[[Path, float], bool]]:
+def announcer() -> Iterator[Announcer]:
     """Yields what tells MLflow of a training that waits to be started, and of those of its members.
 
-    It takes the run directory and seconds, and answers False where no server does. MLflow is loaded
-    in the background until then; what is not told of within leaves no trace.
+    MLflow is loaded in the background until it is told; what it is not told of leaves no trace.
     """
-    with _start("announce", subprocess.DEVNULL) as process:
-
-        def announce(run_dir: Path, timeout: float) -> bool:
-            try:
-                code = _end(process, time.monotonic() + timeout, os.fsencode(run_dir.resolve()))
-            except BaseException:  # whoever waits gives up, and may remove the run directory
-                process.kill()
-                process.wait()
-                raise
-            return code in (DRAINED, BUSY)
-
+    with _start("announce", subprocess.DEVNULL, answers=subprocess.PIPE) as process:
         try:
-            yield announce
+            yield Announcer(process)
         finally:
             process.kill()
 
@@ -266,8 +284,13 @@ def _spawn(run_dir: Path, mode: Literal["follow", "finish", "drain"]) -> Process
         return _start(mode, output, run_dir)
 
 
-def _start(mode: str, output: IO[bytes] | int, *run_dir: Path) -> Process:
-    """A sender; its output goes to a file or one of subprocess' special values."""
+def _start(
+    mode: str, output: IO[bytes] | int, *run_dir: Path, answers: int | None = None
+) -> Process:
+    """A sender; its output goes to a file or one of subprocess' special values.
+
+    `answers` is where its standard output goes instead.
+    """
     words = [mode, os.getpid(), *run_dir]
     # MLflow's own defaults would let one call to a dead server last four minutes.
     environment = {
@@ -280,7 +303,7 @@ def _start(mode: str, output: IO[bytes] | int, *run_dir: Path) -> Process:
         [sys.executable, "-m", "pipeline.tracking", *map(str, words)],
         env=environment,
         stdin=subprocess.PIPE,
-        stdout=output,
+        stdout=output if answers is None else answers,
         stderr=output,
         # Ctrl-C in the terminal is for the training process. No session of its own: Linux may
         # share the cores between sessions before it looks at priorities.

@@ -1,7 +1,10 @@
 """Submission without a cluster: what is asked of SLURM, what is refused before, and the end."""
 
+import contextlib
 import os
+import re
 import shlex
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from jobs.submit import Request
 from pipeline import config as configuration
 from pipeline.config import Config, ConfigError
 from pipeline.run_directory import RunDirectory
+from pipeline.tracking import Tracker, replay
 from tests.conftest import ROOT
 from tests.jobs.command import PATIENCE, assert_untouched, start
 
@@ -242,6 +246,88 @@ def test_a_controller_that_stays_away_is_given_up(
     controller("squeue", SILENT[0])
     with pytest.raises(scheduler.Unreachable, match="Unable to contact"):
         scheduler.insist("squeue")
+
+
+@pytest.fixture
+def full(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scheduler that finds nothing wrong with a job, and refuses it when it is to be queued.
+
+    The folder has a file with what the working folder's runs knew of MLflow at that moment.
+    """
+    folder = tmp_path_factory.mktemp("slurm")
+    scripts = {
+        "sbatch": 'case "$*" in *--test-only*) exit 0;; esac\n'
+        f'find . -name tracking.json -exec cat {{}} + > "{folder}/known"\n'
+        'echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1',
+        "scontrol": "echo MaxArraySize = 1000",
+        "srun": "exit 1",
+        "squeue": "",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def tracked(store: Path) -> list[tuple[str, str]]:
+    """Name and status of the runs that MLflow shows."""
+    with contextlib.closing(sqlite3.connect(store)) as rows:
+        shown = "select name, status from runs where lifecycle_stage = 'active'"
+        return sorted(rows.execute(shown).fetchall())
+
+
+CLUSTER = Request(Profile(name="x", gpus_per_node=1), 1, 1, 10)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_job_that_the_queue_refuses_leaves_nothing(
+    tiny: Config,
+    tmp_path: Path,
+    full: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    members: int,
+    earlier: bool,
+) -> None:
+    """Also in a folder in which there was something before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if earlier:
+        (tmp_path / "sweep").mkdir()
+        (tmp_path / "sweep" / "notes").touch()
+    before = sorted(tmp_path.rglob("*"))
+    wanted = {tmp_path / "sweep" / f"seed={seed}": tiny for seed in range(members)}
+
+    def ask() -> object:
+        if members == 1:
+            return submit.submit(tiny, *wanted, CLUSTER)
+        return sweep.start(wanted, tmp_path / "sweep", CLUSTER, None)
+
+    with pytest.raises(ValueError, match=r"sbatch refuses: .*QOSMaxSubmitJobPerUserLimit"):
+        ask()
+    known = re.findall(r'"run_id": "\w+"', (full / "known").read_text())
+    assert len(known) == members + (members > 1)  # the jobs would have found their MLflow runs
+    left = set(tmp_path.rglob("*")) - set(before)
+    assert left <= {tmp_path / "sweep"}  # empty
+    assert tracked(tmp_path / "mlflow.db") == []
+
+
+def test_a_run_that_is_refused_when_resumed_is_as_it_was(
+    tiny: Config, tmp_path: Path, full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "run"
+    directory = RunDirectory(run)
+    directory.claim(tiny)
+    directory.release()
+    Tracker(run, run_name="run", experiment=tiny.experiment).close("KILLED")
+    assert replay(run)
+    with pytest.raises(ValueError, match="sbatch refuses"):
+        submit.submit(tiny, run, CLUSTER)
+    assert tracked(tmp_path / "mlflow.db") == [("run", "KILLED")]
+    assert not (tmp_path / ".run.submit.lock").exists()
 
 
 def test_a_machine_without_a_scheduler_is_named(

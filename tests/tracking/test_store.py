@@ -360,6 +360,33 @@ def test_what_is_not_announced_leaves_no_trace(store):
     assert store.runs() == []
 
 
+def test_an_announcement_is_withdrawn(tmp_path):
+    """What it created is gone, what was there has its status, and all can be announced again."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sweep = tmp_path / "sweep"
+    Tracker(sweep, run_name="sweep", experiment="digits", uri=uri).close("FINISHED")
+    Tracker(sweep / "a", run_name="a", experiment="digits", uri=uri, parent=sweep).close("FAILED")
+    assert carry(sweep / "a") == carry(sweep) == DRAINED
+    before = {run.info.run_name: run.info for run in Store(uri).runs()}
+    Tracker(sweep / "b", run_name="b", experiment="digits", uri=uri, parent=sweep)
+    with announcer() as announce:
+        assert announce(sweep, 60)
+        assert {run.info.run_name for run in Store(uri).runs()} == {"sweep", "a", "b"}
+        assert announce.withdraw(60)
+    after = {run.info.run_name: run.info for run in Store(uri).runs()}
+    assert [after.pop(name).status for name in ("sweep", "a")] == ["FINISHED", "FAILED"]
+    assert after == {}
+    assert Identity.load(sweep / "a").run_id == before["a"].run_id
+    assert Identity.load(sweep / "b").run_id is None
+    with announcer() as announce:
+        assert announce(sweep / "b", 60)
+    assert {run.info.run_name: run.info.status for run in Store(uri).runs()} == {
+        "sweep": "FINISHED",
+        "a": "FAILED",
+        "b": "SCHEDULED",
+    }
+
+
 def test_a_member_finds_or_makes_its_parent_where_nobody_was_told(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     sweep = tmp_path / "sweep"
