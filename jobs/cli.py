@@ -123,9 +123,13 @@ def evaluate(
     A cost-adjustable network answers at each number of --steps that it was built for.
     """
     from jobs import console, describe, trained
+    from pipeline.distributed import World
 
-    console.configure(quiet)
-    results = trained.Evaluate(run_dir, data, split, best, quiet, steps)()
+    world = World.detect()
+    console.configure(quiet, rank=world.rank)
+    results = trained.Evaluate(run_dir, data, split, best, quiet or not world.is_main, steps)()
+    if not world.is_main:
+        return
     summaries = [summary for summary, _ in results]
     click.echo(describe.by_steps(summaries) if steps else describe.summary(summaries[0]))
     for _, folder in results:

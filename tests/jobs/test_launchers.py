@@ -66,6 +66,15 @@ def test_torchrun(recipe: Path, by_nproc: Trace, tmp_path: Path) -> None:
     assert trace(tmp_path / "run") == by_nproc
 
 
+def test_one_rank_of_an_evaluation_speaks(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    process = start([*TORCHRUN, REPRISE, "eval", "run"], tmp_path)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    for said in ("16 (test)", "per-sample results:", "evaluating: 8 of 8 images"):
+        assert output.count(said) == 1, output
+
+
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("nodes", [1, 2])
