@@ -168,6 +168,7 @@ def inspect(path: Path, samples: int, sheet: Path | None) -> None:
 
     found = look(path, samples)
     if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet.write_bytes(found.sheet())
     click.echo(describe.inspected(found))
 

@@ -205,10 +205,10 @@ def test_a_set_is_estimated_made_looked_at_and_staged(reprise, images: Path, mon
     assert reprise(*prep, "--shard-size", "1MB").code == 0
     assert json.loads(Path("set/manifest.json").read_text())["settings"]["shard_bytes"] == 10**6
     assert reprise("verify", "set", "--quick").out.endswith("as its manifest says\n")
-    listed = reprise("inspect", "set", "--samples", "3", "--sheet", "sheet.png")
+    listed = reprise("inspect", "set", "--samples", "3", "--sheet", "sheets/set.png")
     assert len([line for line in listed.out.splitlines() if line.startswith("test-")]) == 3
     assert "train: 64 images" in listed.out
-    assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("sheets/set.png").read_bytes().startswith(b"\x89PNG")
     assert "test-000000.tar: 16 images" in reprise("inspect", "set/test-000000.tar").out
     assert reprise("stage", "set", "--to", "fast").out.startswith("fast: 2 shards copied, 0 there")
     monkeypatch.setenv("RANK", "1")
