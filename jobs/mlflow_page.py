@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def _has_begun(path: Path) -> bool:
 
 
 def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:
-    """Run a server on a local port until it ends or Ctrl-C; no process of it is left.
+    """Run a server on a local port until it ends, Ctrl-C or SIGTERM; no process of it is left.
 
     ``ready`` is called once it answers.
 
@@ -53,6 +54,7 @@ def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(f"port {port} cannot be used ({error}): give another --port") from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     server = psutil.Popen(command, env=_WITHOUT_JOBS | os.environ)
     try:
         while server.poll() is None:

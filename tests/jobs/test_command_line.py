@@ -349,7 +349,8 @@ def test_the_ui_refuses_a_taken_port(reprise) -> None:
     assert "give another --port" in answer.err
 
 
-def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_ui_serves_and_leaves_no_process(tmp_path: Path, stop: signal.Signals) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -367,7 +368,7 @@ def test_the_ui_serves_and_leaves_no_process(tmp_path: Path) -> None:
         # Eight processes and 1.4 GB that serve language models.
         children = psutil.Process(process.pid).children(recursive=True)
         assert not [child for child in children if "mlflow.server.jobs" in str(child.cmdline())]
-        os.kill(process.pid, signal.SIGINT)  # this process alone: the server must end too
+        os.kill(process.pid, stop)  # this process alone: the server must end too
         answer = ended(process)
     assert answer.returncode == 130
     assert "GET /" not in answer.stdout + answer.stderr  # a line for each picture of each page
