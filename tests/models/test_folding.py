@@ -105,6 +105,25 @@ def test_a_static_network_takes_its_own_weights():
     assert all(torch.equal(found[name], value) for name, value in saved.items())
 
 
+def test_only_fewer_cells_than_a_cell_has_steps_may_be_left_over():
+    """Sec. 4.1: there are floor((cells - 1) / steps) recursive cells."""
+    saved = _saved("resnet56")  # nine cells a stage: one, and two runs of four
+    model = create_model("dr_resnet32")
+    last = {name: value for name, value in saved.items() if name.startswith("stages.1.8.")}
+
+    def longer(cells):
+        further = {
+            name.replace(".8.", f".{number}.", 1): value
+            for number in range(9, cells)
+            for name, value in last.items()
+        }
+        return saved | further
+
+    assert fold(longer(12), model, "mean").keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"stages\.1\.\d+\.cell\.\S+ \(unknown\)"):
+        fold(longer(13), model, "mean")
+
+
 @pytest.mark.parametrize(
     ("static", "name", "options", "named"),
     [

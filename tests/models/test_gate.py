@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from by_hand import normalise, random_norms
 
+from pipeline.models.norms import BatchNorm
 from pipeline.models.routers import Gate
+from pipeline.models.routers.gate import HIDDEN
 
 N, C = 8, 5
 
 
-def _gate(seed=0):
+def _gate(seed=0, norm=None):
     torch.manual_seed(seed)
-    gate = Gate(C, target=0.7)
+    gate = Gate(C, target=0.7, norm=norm)
     torch.nn.init.normal_(gate.scores.weight)
     torch.nn.init.normal_(gate.scores.bias)
     return gate
@@ -18,7 +21,8 @@ def _gate(seed=0):
 
 def _margin(gate, x):
     """Score of `execute` minus score of `skip` without noise: Eq. 8 by hand."""
-    hidden = (x.mean((2, 3)) @ gate.hidden.weight.T + gate.hidden.bias).clamp(min=0)
+    hidden = x.mean((2, 3)) @ gate.hidden.weight.T + gate.hidden.bias
+    hidden = (hidden if gate.norm is None else normalise(hidden, gate.norm)).clamp(min=0)
     return hidden @ (gate.scores.weight[1] - gate.scores.weight[0]) + (
         gate.scores.bias[1] - gate.scores.bias[0]
     )
@@ -53,6 +57,16 @@ def test_evaluation_takes_the_larger_score_and_draws_nothing():
     assert 0 < decision.sum() < 64
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(gate(x), decision)
+
+
+def test_the_norm_of_an_adaptive_gate_stands_before_its_activation():
+    """Veit and Belongie (2018), Sec. 3.2."""
+    gate = _gate(1, BatchNorm(HIDDEN)).eval()
+    random_norms(gate)
+    x = torch.randn(256, C, 1, 1) * 9
+    decision = gate(x)
+    assert torch.equal(decision, (_margin(gate, x) > 0).float())
+    assert 0 < decision.sum() < 256
 
 
 def test_training_noise_comes_from_the_default_generator():

@@ -153,6 +153,19 @@ def test_roles_of_the_smallest_dynamic_network():
     assert roles["classifier.weight"] == "rest"
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet50", "mobilenet_v2", "rc_r2_2", "rc_r4", "rs_3", "reset38"]
+)
+def test_convolutions_start_with_the_variance_of_he(name):
+    """He et al. 2015, Eq. 14: by the number of filters, of grouped ones too, as torch counts."""
+    for module in _model(name).modules():
+        if isinstance(module, torch.nn.Conv2d):
+            expected = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            deviation = 1 / (2 * module.weight.numel()) ** 0.5  # of the estimate, relative
+            tolerance = min(0.1, 4 * deviation)
+            assert module.weight.std().item() == pytest.approx(expected, rel=tolerance)
+
+
 @pytest.mark.parametrize("name", SMALL + POOLS)
 def test_state_survives_a_round_trip(name, tmp_path):
     model = _model(name)

@@ -64,6 +64,24 @@ def test_executed_and_skipped_samples_are_normalised_apart(executed, offset, lay
     torch.testing.assert_close(norm.running_var, var, atol=1e-5, rtol=1e-5)
 
 
+class OnDevice(torch.Tensor):
+    """Takes the way that devices take, whose moments come from one kernel."""
+
+    is_cuda = True
+
+
+def test_the_moments_of_a_device_are_the_same():
+    norm = _norm()
+    executed = torch.tensor(MIXED, dtype=torch.bool)
+    x = torch.randn(N, C, SIDE, SIDE) * 2 + 1
+    expected, mean, var = _reference(norm, x, executed)
+    y = norm(x.as_subclass(OnDevice), executed)
+    assert type(y) is OnDevice
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm.running_mean, mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm.running_var, var, atol=1e-5, rtol=1e-5)
+
+
 def test_gradient_is_that_of_finite_differences_in_each_group():
     norm = _norm().eval()
     executed = torch.tensor(MIXED, dtype=torch.bool)

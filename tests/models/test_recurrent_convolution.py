@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import normalise
 from recurrent import ADJUSTABLE, IMAGES, SIDE, build, logits
 
 from pipeline.models import create_model, list_models
@@ -102,17 +103,13 @@ def test_an_adjustable_network_costs_what_the_static_one_does():
 # -- the equations, unrolled by hand ---------------------------------------------------------------
 
 
-def norm(x, layer):
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
-
-
 def cell_by_hand(x, cell, number):
     """Pre-activation block with the norms of the given number, or none where it is None."""
     stride = cell.conv1.stride[0]
-    first = x if number is None else norm(x, cell.norm1.norms[number])
+    first = x if number is None else normalise(x, cell.norm1.norms[number])
     first = first.relu()
     second = F.conv2d(first, cell.conv1.weight, stride=stride, padding=1)
-    second = second if number is None else norm(second, cell.norm2.norms[number])
+    second = second if number is None else normalise(second, cell.norm2.norms[number])
     y = F.conv2d(second.relu(), cell.conv2.weight, padding=1)
     if cell.projection is not None:
         x = F.conv2d(first, cell.projection.weight, stride=stride)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import normalise, random_norms
 
 from pipeline.models import create_model, list_models
 from pipeline.models.cost import measure
@@ -12,6 +13,11 @@ from pipeline.models.folding import fold
 from pipeline.models.norms import Step
 from pipeline.models.pool import Pool
 from pipeline.models.reset import MODELS
+from pipeline.models.routers.controller import (
+    HIDDEN,
+    ConvolutionalController,
+    RecurrentController,
+)
 from pipeline.models.scorers import Scorer
 
 ROUTED = [name for name in MODELS if name.startswith("reset")]
@@ -110,6 +116,62 @@ def test_a_pool_is_equation_12(controller):
     torch.testing.assert_close(found, wanted)
     assert policy.weights.shape == (3, 5, 6)
     assert torch.equal(policy.weights, policy.probabilities)
+
+
+def test_the_convolutional_controller_by_hand():
+    """Fig. 2a: without biases, with norms of each iteration."""
+    torch.manual_seed(0)
+    controller = ConvolutionalController(4, 3, iterations=2, sync=False).eval()
+    random_norms(controller)
+    x = torch.randn(2, 4, 9, 9)
+    for index in range(2):
+        y = x
+        for conv, bank in (
+            (controller.conv1, controller.norm1),
+            (controller.conv2, controller.norm2),
+        ):
+            y = F.conv2d(y, conv.weight, stride=2, padding=1)
+            y = normalise(y, bank.norms[index]).relu()
+        logits, state = controller(x, None, Step(index))
+        torch.testing.assert_close(logits, y.mean((2, 3)) @ controller.scores.weight.T)
+        assert state is None
+
+
+def test_the_recurrent_controller_by_hand():
+    """Fig. 2b: an LSTM cell (Hochreiter and Schmidhuber) that remembers the iterations before."""
+    torch.manual_seed(0)
+    controller = RecurrentController(4, 3, iterations=3, sync=False)
+    cell, scores = controller.cell, controller.scores
+    hidden = memory = torch.zeros(2, HIDDEN)
+    state = None
+    for index in range(3):
+        x = torch.randn(2, 4, 5, 5) * 3
+        logits, state = controller(x, state, Step(index))
+        gates = F.linear(x.mean((2, 3)), cell.weight_ih, cell.bias_ih)
+        gates = gates + F.linear(hidden, cell.weight_hh, cell.bias_hh)
+        enter, keep, candidate, leave = gates.chunk(4, 1)
+        memory = keep.sigmoid() * memory + enter.sigmoid() * candidate.tanh()
+        hidden = leave.sigmoid() * memory.tanh()
+        torch.testing.assert_close(logits, F.linear(hidden, scores.weight, scores.bias))
+
+
+def test_the_static_network_by_hand():
+    """Fig. 3, and what the paper leaves open: a 3x3 maximum of stride 1; norm and ReLU between."""
+    model = _model("resnet_2_1_1").eval()
+    random_norms(model)
+    images = torch.randn(2, 3, 16, 16)
+    x = normalise(F.conv2d(images, model.stem.weight, padding=1), model.norm).relu()
+    x = F.pad(x, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 1).unfold(3, 3, 1).amax((4, 5))
+    for number, stage in enumerate(model.stages):
+        if number:
+            between = stage.downsampling
+            x = F.conv2d(x, between.conv.weight, stride=2, padding=1)
+            x = normalise(x, between.norm).relu()
+        for unit in stage.pool.units:
+            y = normalise(F.conv2d(x, unit.conv1.weight, padding=1), unit.norm1.norms[0]).relu()
+            x = x + normalise(F.conv2d(y, unit.conv2.weight, padding=1), unit.norm2.norms[0])
+    expected = x.mean((2, 3)) @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_sequential_policy_is_the_static_network():

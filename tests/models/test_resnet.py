@@ -5,41 +5,29 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import normalise, random_norms
 
 from pipeline.models import create_model
 from pipeline.models.cells import BasicCell
 from pipeline.models.norms import PerStepNorm, Step
 
 
-def _norm(x, norm):
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-
-
 def _cell(x, cell):
     """He et al. 2016: two convolutions and the shortcut, which pads new channels with zeros."""
     y = F.conv2d(x, cell.conv1.weight, stride=cell.conv1.stride, padding=1)
-    y = F.conv2d(_norm(y, cell.norm1.norms[0]).relu(), cell.conv2.weight, padding=1)
-    y = _norm(y, cell.norm2.norms[0])
+    y = F.conv2d(normalise(y, cell.norm1.norms[0]).relu(), cell.conv2.weight, padding=1)
+    y = normalise(y, cell.norm2.norms[0])
     stride = x.shape[2] // y.shape[2]
     shortcut = torch.zeros_like(y)
     shortcut[:, : x.shape[1]] = x[:, :, ::stride, ::stride]
     return (y + shortcut).relu()
 
 
-def _random_norms(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_()
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-
-
 @pytest.mark.parametrize(("channels", "stride"), [((4, 4), 1), ((4, 8), 2), ((4, 6), 1)])
 def test_basic_cell(channels, stride):
     torch.manual_seed(0)
     cell = BasicCell(*channels, stride=stride, norm=partial(PerStepNorm, steps=1)).eval()
-    _random_norms(cell)
+    random_norms(cell)
     x = torch.randn(3, 4, 8, 8)
     y = cell(x, Step(0))
     assert y.shape == (3, channels[1], 8 // stride, 8 // stride)
@@ -49,9 +37,9 @@ def test_basic_cell(channels, stride):
 def test_static_network_is_an_ordinary_resnet():
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=7).eval()
-    _random_norms(model)
+    random_norms(model)
     images = torch.randn(2, 3, 32, 32)
-    x = _norm(F.conv2d(images, model.stem.weight, padding=1), model.norm).relu()
+    x = normalise(F.conv2d(images, model.stem.weight, padding=1), model.norm).relu()
     sizes = []
     for stage in model.stages:
         for recursive in stage:
@@ -71,12 +59,3 @@ def test_recursive_network_repeats_the_cells_of_the_later_stages_only():
         [1, 4, 4],
         [1, 4, 4],
     ]
-
-
-def test_convolutions_start_with_the_variance_of_he():
-    torch.manual_seed(0)
-    model = create_model("resnet20")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            expected = (2 / (9 * module.out_channels)) ** 0.5
-            assert module.weight.std().item() == pytest.approx(expected, rel=0.1)

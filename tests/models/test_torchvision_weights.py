@@ -27,16 +27,36 @@ def _theirs(name):
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_torchvision(name):
-    theirs = _theirs(name)
+@torch.no_grad()
+def _logits(name, theirs, size):
+    """Theirs, and ours with their weights."""
     ours = create_model(name, **NAMES[name]).eval()
     ours.load_state_dict(translate(theirs.state_dict(), ours))
-    images = torch.rand(1, 3, 224, 224)
-    with torch.no_grad():
-        expected, found = theirs(images), ours(images).logits
+    images = torch.rand(1, 3, size, size)
+    return theirs(images), ours(images).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_torchvision(name):
+    expected, found = _logits(name, _theirs(name), 224)
     assert expected.std() > 1e-2
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_activations_of_mobilenet_v2_end_at_six():
+    """As torchvision's, in a network in which each of them has something to cut off."""
+    theirs = _theirs("mobilenet_v2")
+    cuts = []
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(3, 6)
+            module.bias.data.normal_(0, 3)
+        if isinstance(module, torch.nn.ReLU6):
+            module.register_forward_pre_hook(lambda _, x: cuts.append(bool((x[0] > 6).any())))
+    expected, found = _logits("mobilenet_v2", theirs, 64)
+    assert cuts
+    assert all(cuts)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
