@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,19 @@ def test_any_number_of_ranks_gives_the_same(
         assert others.keys.tolist() == samples.keys.tolist()
         assert others.steps.tolist() == samples.steps.tolist()
         np.testing.assert_allclose(others.losses, samples.losses, rtol=1e-3, atol=1e-5)
+
+
+class BesideASlowOne(World):
+    """A rank that took two seconds for all images, beside one that took four for none."""
+
+    def gather(self, value: Any) -> list[Any]:
+        cells, parts, _ = value
+        return [(cells, parts, 2.0), (cells, [], 4.0)]
+
+
+def test_images_per_second_wait_for_the_slowest_rank(manifest: Manifest) -> None:
+    summary, _ = evaluated(manifest, BesideASlowOne())
+    assert summary.images_per_second == 64 / 4
 
 
 def test_what_is_saved_comes_back(

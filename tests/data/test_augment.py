@@ -165,6 +165,17 @@ def test_lighting_adds_the_weighted_principal_components():
     assert np.allclose(ours.numpy(), 128 + expected, atol=1e-3)
 
 
+def test_lighting_is_that_of_imagenet_as_published():
+    """Krizhevsky et al. 2012, Sec. 4.1, numbers of fb.resnet.torch: components one by one, RGB."""
+    colour = photometric(np.ones((3, 3)), np.array([[0, 1, 2]] * 3), np.eye(3))
+    expected = [
+        0.2175 * np.array([-0.5675, -0.5808, -0.5836]),
+        0.0188 * np.array([0.7192, -0.0045, -0.6948]),
+        0.0045 * np.array([0.4009, -0.8140, 0.4203]),
+    ]
+    np.testing.assert_allclose(colour.offset / 255, expected, rtol=1e-12)
+
+
 def test_eigenvectors_are_orthonormal():
     product = LIGHTING_EIGENVECTORS.T @ LIGHTING_EIGENVECTORS
     assert np.allclose(product, np.eye(3), atol=1e-3)

@@ -194,6 +194,18 @@ def test_norms_of_paths_not_taken_stay_in_a_phase_too(tiny: Tiny, tmp_path: Path
     assert moved(saved[2], saved[4]) == {"classifier.weight", "classifier.bias"}
 
 
+def test_the_losses_of_several_draws_are_averaged(tiny: Tiny, tmp_path: Path) -> None:
+    """Of a network that draws nothing all are the same, and so is their mean."""
+    found = []
+    for draws in (1, 3):
+        phases = [{"name": "only", "steps": 1, "draws": draws}]
+        config = phased(tiny, phases, model="resnet20", model_options="{}")
+        assert train(config, tmp_path / str(draws)) == 0
+        ((_, loss),) = history(tmp_path / str(draws))["train/loss"]
+        found.append(loss)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_parts_of_a_network() -> None:
     model = create_model("reset38")
     names = {name for name, _ in model.named_parameters()}

@@ -45,6 +45,27 @@ def test_equation_9_by_hand() -> None:
     assert float(losses.skip_reward(policies, World())) == pytest.approx(2 - 0.5)
 
 
+def test_means_are_over_samples_and_sums_over_iterations() -> None:
+    """Eq. 9 and 13 of three samples and two iterations, of which one sample skips the second."""
+    policies = output(ROUTES[[1, 0, 0]]).policies
+    assert float(losses.decided_routes(policies, World())) == pytest.approx(entropy(0.5, 0.5))
+    assert float(losses.skip_reward(policies, World())) == pytest.approx(2 - 1 / 3)
+    means = entropy(0.5, 0.5) + entropy(2 / 3, 1 / 3)
+    across = losses.different_routes(policies, World())
+    assert float(across) == pytest.approx(2 * math.log(3) - means)
+
+
+@pytest.mark.parametrize("term", ["different_routes", "decided_routes", "skip_reward"])
+def test_the_terms_of_several_pools_are_summed(term: str) -> None:
+    """In Eq. 9 and 13, t counts the invocations of all controllers, whose pools may differ."""
+    torch.manual_seed(0)
+    outputs = [output(torch.randn(4, 2, components).softmax(2)) for components in (3, 5)]
+    one_by_one = [getattr(losses, term)(found.policies, World()) for found in outputs]
+    policies = [policy for found in outputs for policy in found.policies]
+    together = getattr(losses, term)(policies, World())
+    assert float(together) == pytest.approx(float(sum(one_by_one)))
+
+
 def test_the_gradients_favour_what_the_paper_says() -> None:
     logits = torch.tensor([[[2.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]]], requires_grad=True)
 
