@@ -11,9 +11,11 @@ from PIL import Image
 
 from data_prep.manifest import Manifest
 from pipeline import evaluate
-from pipeline.analysis import contents, examples
+from pipeline.analysis import contents, examples, restorations
+from pipeline.analysis.contents import Evaluation
 from pipeline.analysis.examples import Pick
 from pipeline.data.shards import ShardSet
+from pipeline.tasks import denoising
 from pipeline.tasks.classification import Samples
 
 
@@ -98,6 +100,20 @@ def test_large_images_are_shown_small(make_run, tmp_path):
     (column,) = examples.columns(run, run.main)
     data = base64.b64decode(column.easiest[0].image.partition(",")[2])
     assert Image.open(io.BytesIO(data)).size == (64, 32)
+
+
+def test_restorations_are_called_what_they_are():
+    views = np.stack([np.full((1, 2, 2), grey, np.uint8) for grey in (10, 20, 30)], 1)
+    samples = denoising.Samples(
+        keys=np.array(["key"]),
+        psnr=np.array([30.0]),
+        noisy_psnr=np.array([20.0]),
+        examples=views,
+        steps=np.zeros((1, 0), np.int64),
+    )
+    (shown,) = restorations.restorations(Evaluation("set-test", None, samples))
+    clean, noisy, restored = (examples.data_uri(Image.fromarray(view)) for view in views[0])
+    assert shown == restorations.Restoration("key", clean, noisy, restored, 20, 30)
 
 
 def elsewhere(directory, shards, other):

@@ -1,11 +1,20 @@
 """The numbers behind the figures, and where the curves lie."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline.analysis import contents, execution_rates, figure, learning_curves, step_histogram
+from pipeline import config
+from pipeline.analysis import (
+    contents,
+    execution_rates,
+    figure,
+    learning_curves,
+    phases,
+    step_histogram,
+)
 from pipeline.analysis.execution_rates import Rate
 
 
@@ -51,6 +60,19 @@ def test_rates_in_numbers(run):
 def test_rates_before_any_evaluation(make_run):
     rows = execution_rates.table(contents.read(make_run(tracked=False, evaluated=False)))
     assert [(row.training, row.evaluation) for row in rows] == [(None, None)] * 4
+
+
+def test_a_phase_begins_after_the_one_before(run):
+    values = {"name": "mine", "model": "reset38", "data": {"path": "nowhere"}}
+    values |= {"train": {"epochs": None, "batch_size": 6}}
+    values |= {"phases": [{"name": name, "steps": 2} for name in ("first", "second", "third")]}
+    history = {"phase": [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)], "eval/top1": [(2, 0.5), (4, 0.7)]}
+    rows = phases.table(replace(run, config=config.build(values), history=history))
+    assert [(row.first_step, row.last_step, row.top1) for row in rows] == [
+        (1, 2, 0.5),
+        (3, 4, 0.7),
+        (None, None, None),
+    ]
 
 
 def shares(svg: str, style: str) -> list[float]:

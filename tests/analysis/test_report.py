@@ -175,6 +175,16 @@ def test_own_evaluation_leads_and_others_follow(make_run, shards):
     assert "77.78 % top-1 accuracy" in page.text
 
 
+def test_the_gap_is_what_is_lost_to_the_other_set(make_run, shards):
+    directory = make_run()
+    folder = directory.evaluation_of(shards)
+    summary, samples = evaluate.load(folder)
+    evaluate.save(folder, replace(summary, top1=0.9), samples)
+    evaluate.save(directory.evaluation / "other-test", replace(summary, top1=0.75), samples)
+    text = Page(report.write(directory).read_text()).text
+    assert "Gap to other-test: 15.00 points, 75.00 % there" in text
+
+
 def test_paper_is_quoted_with_what_the_run_does_differently():
     own = recipes.load("drnn/cifar10/dr_resnet16", ["train.epochs=1", "data.path=elsewhere"])
     quote = report.quoted(own)
