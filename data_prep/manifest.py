@@ -132,7 +132,7 @@ class Manifest:
         if len(others) != 1:
             raise ValueError(
                 f"{self.root} has the splits {_listed(self.splits)} and not exactly one besides "
-                f"{TRAIN!r}: name the split to evaluate on"
+                f"{TRAIN!r} to evaluate on: prepare it again from a source with val/ or test/"
             )
         return others[0]
 

@@ -27,7 +27,7 @@ RUN = click.argument("run", metavar="RUN")
 @click.option("--run", "run_dir", type=FOLDER, help="Run directory; default: below runs/.")
 @click.option("--sweep", is_flag=True, help="A run for every combination of KEY=A,B settings.")
 @click.option("--max-parallel", type=click.IntRange(1), help="Runs of a sweep at a time.")
-@click.option("--dry-run", is_flag=True, help="Show the batch script and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be queued, and queue nothing.")
 @QUIET
 def submit(
     recipe: str,

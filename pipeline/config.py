@@ -508,7 +508,8 @@ def _explain(error: ValidationError) -> str:
             parts.append(f"{key} is missing: give {key}=VALUE")
         else:
             where = f"{key}={problem['input']!r}: " if _is_plain(problem["input"]) else f"{key}: "
-            parts.append(where + problem["msg"].removeprefix("Value error, "))
+            of = where if key else ""  # a problem of several sections names them itself
+            parts.append(of + problem["msg"].removeprefix("Value error, "))
     return "; ".join(parts)
 
 

@@ -50,9 +50,11 @@ def test_training_on_ones_own_images_works_as_written(tmp_path: Path) -> None:
 
 
 def test_stopping_resuming_and_two_ranks_work_as_written(tmp_path: Path) -> None:
-    images(tmp_path / "digits", {"train": 128, "test": 8})
+    prepare, *others = commands(blocks("sh")[1])
+    assert prepare == ["reprise", "prep", "digits", "--out", "data/digits"]
+    images(tmp_path / "digits", {"train": 128, "test": 8})  # the real ones take minutes
     run(["reprise", "prep", "folder", "--source", "digits", "--out", "data/digits"], tmp_path)
-    for arguments in commands(blocks("sh")[1]):
+    for arguments in others:
         run(arguments, tmp_path)
     assert "resumed from" in (tmp_path / "runs/digits/logs/rank-0.log").read_text()
     assert (tmp_path / "runs/two-ranks/logs/rank-1.log").is_file()
@@ -89,6 +91,8 @@ def test_links_resolve_and_commands_exist(document: Path) -> None:
         assert (document.parent / target).exists(), target
     for name in re.findall(r"`reprise (\w+)", text):
         assert name in cli.commands, name
+    for name in re.findall(r"reprise (?:train|submit) ([a-z]+/[a-z]\S*/\S+)", text):
+        assert name in RECIPES or name.startswith("runs/"), name
 
 
 def test_every_command_is_in_the_readme() -> None:

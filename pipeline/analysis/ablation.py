@@ -47,9 +47,10 @@ class Ablation:
         """Raises ValueError where there is none."""
         try:
             return cls(**json.loads((folder / RESULTS).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError):
             raise ValueError(
-                f"no ablation in {folder} ({error}): call `reprise ablate` on that run first"
+                f"no ablation in {folder}: call `reprise ablate` on that run first, with the same "
+                "--level"
             ) from None
 
 

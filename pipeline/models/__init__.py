@@ -64,8 +64,8 @@ def create_model(name: str, **options: Any) -> Network:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that match a shell pattern such as `dr_*`, sorted."""
-    return sorted(fnmatch.filter(_MODELS, pattern))
+    """Names that match a shell pattern such as `dr_*`, or hold a text such as `dr_`, sorted."""
+    return sorted(fnmatch.filter(_MODELS, pattern) or (n for n in _MODELS if pattern in n))
 
 
 def task_of(name: str) -> Literal["classification", "denoising"]:

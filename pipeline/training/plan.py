@@ -66,6 +66,7 @@ def plan(config: Config, world_size: int) -> Plan:
     config = optim.scaled(config)
     manifest = open_set(config.data.path)
     check_task(config, manifest)
+    _ = manifest.evaluation  # refuses a set that has none
     with ShapesOnly():
         model = build_model(config, len(manifest.classes))
     steps.check(model, config.steps)
