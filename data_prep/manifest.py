@@ -150,7 +150,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"{root} holds no {MANIFEST_NAME}, so no finished shard set: "
-                f"make one with `reprise prep ...`"
+                f"make one with `reprise prep KIND --source IMAGES --out {root}`"
             ) from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is damaged ({error}): {_CURE}") from None

@@ -41,6 +41,11 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=1).encode())
 
 
+def now_ms() -> int:
+    """Unix time in milliseconds, MLflow's unit."""
+    return time.time_ns() // 1_000_000
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which MLflow run a run directory is.
@@ -53,6 +58,7 @@ class Identity:
     experiment: str
     run_name: str
     uid: str
+    begun_ms: int  # when the run directory was made, Unix time: MLflow may hear of it later
     run_id: str | None = None
     parent: str | None = None  # run directory of the MLflow run above it
 
@@ -154,7 +160,7 @@ class Journal:
 
         Raises OSError where the disk refuses; the journal is then as it was before.
         """
-        stamped = {"time": time.time_ns() // 1_000_000, **record}
+        stamped = {"time": now_ms(), **record}
         line = json.dumps(stamped, separators=(",", ":")).encode() + b"\n"
         try:
             written = os.write(self._file, line)

@@ -109,7 +109,7 @@ class Outlet:
                 above.connected()
                 tags[PARENT_TAG] = above._run_id
             self._is_new = True
-            client.create_run(experiment_id, tags=tags, run_name=identity.run_name)
+            client.create_run(experiment_id, identity.begun_ms, tags, identity.run_name)
             # An earlier creation whose answer never came may have happened after all.
             runs = _with_uid(client, experiment_id, identity.uid)
         run, *others = runs

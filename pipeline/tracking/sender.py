@@ -97,7 +97,7 @@ class Sender:
             last = record or last
         status = last.get("status", "RUNNING")
         status = "KILLED" if status == "RUNNING" else status
-        self._outlet.close(status, last.get("time", time.time_ns() // 1_000_000))
+        self._outlet.close(status, last.get("time", journal.now_ms()))
         Sent(Sent.load(self._run_dir).offsets, closed=True).save(self._run_dir)
         log.info("all sent, status %s", status)
 

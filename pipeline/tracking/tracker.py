@@ -91,7 +91,9 @@ class Tracker:
         if identity is None:
             address = _checked(uri, Path.cwd()) if uri else store_uri()
             above = str(parent.resolve()) if parent else None
-            identity = Identity(address, experiment, run_name, uuid.uuid4().hex, parent=above)
+            identity = Identity(
+                address, experiment, run_name, uuid.uuid4().hex, journal.now_ms(), parent=above
+            )
             identity.save(self._run_dir)
         elif uri and _checked(uri, Path.cwd()) != identity.uri:
             identity = replace(identity, uri=_checked(uri, Path.cwd()), run_id=None)

@@ -360,6 +360,18 @@ def test_what_is_not_announced_leaves_no_trace(store):
     assert store.runs() == []
 
 
+def test_a_run_that_is_sent_after_its_end_began_before_it(tmp_path):
+    run_dir = tmp_path / "run"
+    one = Tracker(
+        run_dir, run_name="short", experiment="digits", uri=f"sqlite:///{tmp_path / 'mlflow.db'}"
+    )
+    one.metrics({"train/loss": 1.0}, 1)
+    one.close("KILLED")
+    assert carry(run_dir) == DRAINED
+    (run,) = Store(f"sqlite:///{tmp_path / 'mlflow.db'}").runs()
+    assert run.info.start_time <= run.info.end_time
+
+
 def test_an_announcement_is_withdrawn(tmp_path):
     """What it created is gone, what was there has its status, and all can be announced again."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
