@@ -93,6 +93,12 @@ def test_noise_is_white_gaussian_of_its_level(manifest, sigma):
     assert abs(neighbours) < 4 / count**0.5
 
 
+def test_the_level_is_a_share_of_the_largest_pixel_value():
+    rows = EvaluationPlan(1, 1, 0, 1).rows(0, 0)
+    noise = Noise(25.0, 0).of_evaluation(rows, 2000, 2000)
+    assert noise.std() == pytest.approx(25 / 255, rel=4 / (2 * noise.size) ** 0.5)
+
+
 def test_every_visit_has_noise_of_its_own(manifest):
     loader = training(manifest)
     patches = [patch for _ in range(2) for batch in loader for patch in noise_of(batch)]

@@ -68,6 +68,16 @@ def test_shuffling_stays_within_neighbouring_shards_and_mixes_them():
     assert 0.45 < np.mean(shards[:, 1:] != shards[:, :-1]) < 0.55
 
 
+def test_repeated_visits_keep_to_the_shard_that_is_read():
+    size = SHUFFLE_WINDOW
+    repeated = BatchPlan(2 * size, 4 * size, 1, 0, 1, 0, (size, size), repeats=2)
+    windows = repeated.rows(0, 0).samples.reshape(4, size)
+    assert sorted(int(window[0]) // size for window in windows) == [0, 0, 1, 1]
+    for window in windows:
+        first = window.min()
+        assert np.array_equal(np.sort(window), np.arange(first, first + size))
+
+
 def test_the_order_of_shards_changes():
     size = SHUFFLE_WINDOW
     firsts = {int(epoch_order((size,) * 4, 0, epoch)[0]) // size for epoch in range(20)}

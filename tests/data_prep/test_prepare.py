@@ -17,7 +17,16 @@ from filelock import FileLock
 from pictures import class_folders, contents, encoded, jpeg, pack, picture
 from PIL import Image
 
-from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, REJECTED_NAME, Manifest
+from data_prep import estimate
+from data_prep.images import AS_FOUND
+from data_prep.manifest import (
+    CARD_NAME,
+    LOCK_NAME,
+    MANIFEST_NAME,
+    OWNER_NAME,
+    REJECTED_NAME,
+    Manifest,
+)
 from data_prep.prepare import Progress, prepare
 from data_prep.sources import open_source
 from data_prep.verify import verify
@@ -87,6 +96,26 @@ def test_statistics_are_those_of_the_training_pixels(mixed_folder, tmp_path):
     pixels = np.concatenate(images)
     np.testing.assert_allclose(manifest.channel_mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(manifest.channel_std, pixels.std(0), rtol=1e-12)
+
+
+def test_the_card_counts_images_by_their_shorter_side(source_folder, tmp_path):
+    (source_folder / "train" / "ant" / "below.jpg").write_bytes(jpeg(50, 90, 31))
+    (source_folder / "train" / "ant" / "edge.jpg").write_bytes(jpeg(51, 32, 40))
+    card = (run(source_folder, tmp_path / "set").root / CARD_NAME).read_text()
+    assert "| 1 to 31 | 28 |" in card
+    assert "| 32 to 63 | 1 |" in card
+
+
+def test_an_estimate_infers_the_whole_from_a_sample(source_folder, monkeypatch):
+    source = open_source("folder", source_folder)
+    sizes = [path.stat().st_size for path in source_folder.rglob("*.jpg")]
+    every = estimate.estimate(source, AS_FOUND, workers=1)
+    assert (every.images, every.sampled, every.rejected) == (27, 27, 0)
+    assert every.error == pytest.approx(np.std(sizes) / np.mean(sizes) / 27**0.5)
+    monkeypatch.setattr(estimate, "SAMPLED", 9)
+    some = estimate.estimate(source, AS_FOUND, workers=1)
+    assert (some.images, some.sampled) == (27, 9)
+    assert some.bytes == pytest.approx(every.bytes, rel=0.5)  # a tar ends with a whole record
 
 
 @pytest.mark.parametrize("change", [{"workers": 2}, {"workers": 3}, {"progress": lambda *_: None}])

@@ -17,7 +17,7 @@ from pipeline.distributed import World
 from pipeline.models import Network, create_model
 from pipeline.models.norms import BatchNorm
 from pipeline.run_directory import RunDirectory
-from pipeline.training import checkpoint, relaxation, schedules
+from pipeline.training import checkpoint, consolidation, relaxation, schedules
 from pipeline.training.engine import Engine
 from pipeline.training.plan import plan
 from tests.training.conftest import Tiny, digest, trace, train
@@ -181,6 +181,14 @@ def test_a_run_pulls_logs_angles_and_consolidates(
         made.claim(shared)
     assert train(shared, made.path) == 2
     assert not made.logs.exists()
+
+
+def test_settings_of_tied_tensors_become_those_of_shared_ones(tiny: Tiny) -> None:
+    built = tiny.config(**RELAXED, **{"optimizer.groups": "{tied: {lr_factor: 0.5}, norm: {}}"})
+    groups = built.optimizer.groups
+    made = consolidation.shared(built)
+    assert made.optimizer.groups == {"shared": groups["tied"], "norm": groups["norm"]}
+    plan(made, 1)
 
 
 def test_a_resumed_run_pulls_as_one_that_never_stopped(
