@@ -11,7 +11,7 @@ import click
 
 from jobs import cluster_cli, data_cli
 from jobs.errors import Exit, guarded
-from jobs.options import ANY_PATH, FOLDER, QUIET
+from jobs.options import ANY_PATH, FOLDER, QUIET, RUN
 from pipeline.loading import end_quickly, loading
 
 
@@ -99,7 +99,7 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 
 
 @cli.command("eval")
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 @click.option("--data", type=FOLDER, help="Another shard set of the same classes or task.")
 @click.option("--split", help="Another split of the set than the one to evaluate on.")
 @click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
@@ -137,7 +137,7 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 @click.option("--data", type=FOLDER, help="Another shard set of the same classes.")
 @click.option("--split", help="Another split of the set than the one to evaluate on.")
 @click.option("--best", is_flag=True, help="The best checkpoint instead of the newest.")
@@ -158,7 +158,7 @@ def embed(
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 @QUIET
 def consolidate(run_dir: Path, quiet: bool) -> None:
     """Replace the tied weights of relaxed sharing by their mean.
@@ -175,10 +175,10 @@ def consolidate(run_dir: Path, quiet: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 @click.option("--level", default=2, show_default=True, help="Counted from the input.")
 @click.option("--images", type=click.IntRange(1), help="The first of the split; default: all.")
-@click.option("--beside", type=FOLDER, multiple=True, help="Another run, ablated before.")
+@click.option("--beside", type=RUN, multiple=True, help="Another run, ablated before.")
 @QUIET
 def ablate(
     run_dir: Path, level: int, images: int | None, beside: tuple[Path, ...], quiet: bool
@@ -195,7 +195,7 @@ def ablate(
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 def trajectories(run_dir: Path) -> None:
     """Draw how 100 training images move through the levels of a residual network.
 
@@ -209,10 +209,10 @@ def trajectories(run_dir: Path) -> None:
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=RUN)
 @click.option(
     "--beside",
-    type=FOLDER,
+    type=RUN,
     multiple=True,
     help="Another run whose cost-accuracy curve is drawn beside this one's.",
 )

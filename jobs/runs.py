@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import socket
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,8 @@ def _state(run: Path, job: Job | None, state: State | None, done: Progress) -> s
     if _is_owned(run) or (job and submit.is_alive(job)):
         return "running"
     if done.status == "":
+        if job and job.cluster == clusters.LOCAL and job.host == socket.gethostname():
+            return "failed at its start"
         return "not started" if state is None else state.name.lower()
     return "interrupted" if done.status == "KILLED" else "failed"
 

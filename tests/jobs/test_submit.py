@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import shlex
+import socket
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -167,6 +169,19 @@ def test_a_consolidated_network_is_no_run_of_its_own(tiny: Config, tmp_path: Pat
         directory.config_file.write_text(tiny.to_yaml())
     own.consolidated.consolidation.write_text("{}")
     assert [row.run for row in runs.table(tmp_path / "runs")] == [own.path]
+
+
+def test_a_local_job_that_ended_before_it_trained_has_failed(tiny: Config, tmp_path: Path) -> None:
+    own = RunDirectory(tmp_path / "runs" / "one")
+    own.path.mkdir(parents=True)
+    own.config_file.write_text(tiny.to_yaml())
+    (row,) = runs.table(tmp_path / "runs")
+    assert row.state == "not started"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    Job("local", str(ended.pid), 1, 0, 10, socket.gethostname()).save(own.path)
+    (row,) = runs.table(tmp_path / "runs")
+    assert row.state == "failed at its start"
 
 
 def command(*words: object, cwd: Path) -> tuple[int, str, str]:
