@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from jobs.errors import Exit
 from jobs.options import ANY_PATH, FOLDER, QUIET
 
 if TYPE_CHECKING:
+    from data_prep.images import Treatment
     from jobs.shard_array import ShardArray
 
 
@@ -75,17 +78,13 @@ def prep(
     With --cluster, this lists the images, queues an array of --workers jobs that pack the shards,
     waits for them and makes a set of them, with the same bytes as without.
     """
-    from data_prep.images import Treatment
     from data_prep.prepare import SAMPLES_PER_SHARD, prepare
     from data_prep.sources import open_source
     from jobs import console, describe
 
     _refuse_both("--samples-per-shard", samples_per_shard, "--shard-size", shard_size)
-    _refuse_both("--trust", trust, "--resize-short", resize_short)
     _refuse_both("--estimate", estimate, "--cluster", cluster)
-    if quality is not None and resize_short is None:
-        raise click.UsageError("--quality is of resized images: give --resize-short too")
-    treatment = Treatment(trust, resize_short, 90 if quality is None else quality)
+    treatment = _treatment(trust, resize_short, quality)
     opened = open_source(source_kind, source, allow_partial)
     console.configure(quiet)
     array = cluster and _array(cluster, time, workers, out, *([source] if source else []))
@@ -95,23 +94,38 @@ def prep(
         click.echo(describe.estimated(measure(opened, treatment, workers), out))
         return
     started = monotonic()
+    with _interrupted_kindly(), console.preparation(f"preparing {out}", quiet) as report:
+        manifest = prepare(
+            opened,
+            out,
+            seed=seed,
+            samples_per_shard=samples_per_shard or SAMPLES_PER_SHARD,
+            shard_bytes=shard_size,
+            treatment=treatment,
+            workers=None if array else workers,
+            progress=report,
+            **({"pack": array} if array else {}),
+        )
+    click.echo(describe.prepared(manifest, monotonic() - started))
+
+
+def _treatment(trust: bool, resize_short: int | None, quality: int | None) -> Treatment:
+    from data_prep.images import Treatment
+
+    _refuse_both("--trust", trust, "--resize-short", resize_short)
+    if quality is not None and resize_short is None:
+        raise click.UsageError("--quality is of resized images: give --resize-short too")
+    return Treatment(trust, resize_short, 90 if quality is None else quality)
+
+
+@contextmanager
+def _interrupted_kindly() -> Iterator[None]:
+    """Ctrl-C within ends the command, and says what to do then."""
     try:
-        with console.preparation(f"preparing {out}", quiet) as report:
-            manifest = prepare(
-                opened,
-                out,
-                seed=seed,
-                samples_per_shard=samples_per_shard or SAMPLES_PER_SHARD,
-                shard_bytes=shard_size,
-                treatment=treatment,
-                workers=None if array else workers,
-                progress=report,
-                **({"pack": array} if array else {}),
-            )
+        yield
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)
         raise click.exceptions.Exit(Exit.INTERRUPTED) from None
-    click.echo(describe.prepared(manifest, monotonic() - started))
 
 
 def _array(cluster: str, time: str, jobs: int | None, *paths: Path) -> ShardArray:
