@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -42,13 +43,8 @@ def run_parallel(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
-        # Ctrl-C reaches the whole foreground group; the parent alone decides how to end. Workers
-        # start here and inherit the mask, so that it does not reach them while they load either.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
+        with _interrupts_postponed():
             positions = {pool.submit(function, task): n for n, task in enumerate(tasks)}
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(positions):
             yield positions[future], future.result()
     except BrokenProcessPool:
@@ -65,6 +61,30 @@ def run_parallel(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_postponed() -> Iterator[None]:
+    """Ctrl-C within is heard at the end, and never reaches the workers that are started.
+
+    It reaches the whole foreground group, and the parent alone decides how to end. A mask is what
+    workers inherit from the start; it does not keep the signal from this process's other threads,
+    upon which Python would raise it here, between a worker's start and what it is sent to begin.
+    """
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    heard_here = threading.current_thread() is threading.main_thread() and callable(handler)
+    if heard_here:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if heard_here:
+            signal.signal(signal.SIGINT, handler)
+    if came and callable(handler):
+        handler(signal.SIGINT, None)
 
 
 def _start_worker() -> None:
