@@ -12,7 +12,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 @contextmanager
 def withheld() -> Iterator[None]:
-    """Within, none of them reaches this process; those that it starts never get them.
+    """Within, none of them reaches this thread; processes that it starts never get them.
 
     A terminal and a scheduler signal all processes, also those that only serve the one that decides
     how to stop.
