@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -227,18 +228,26 @@ def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
 @cli.command()
 @click.argument("pattern", default="*")
 def models(pattern: str) -> None:
-    """List the networks with their parameters and multiply-adds."""
+    """List the networks with their parameters and multiply-adds.
+
+    PATTERN is such as `dr_*`, or a part of the name such as `110`.
+    """
     from jobs import describe
 
     click.echo(describe.models(pattern))
 
 
 @cli.command()
-def recipes() -> None:
-    """List the recipes, with the papers' own figures."""
+@click.argument("pattern", default="*")
+def recipes(pattern: str) -> None:
+    """List the recipes, with the papers' own figures.
+
+    PATTERN is such as `rc/*-short`, or a part of the name such as `cifar10`.
+    """
     from jobs import describe
 
-    click.echo(describe.recipes())
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    click.echo(describe.recipes(pattern, width))
 
 
 @cli.command()

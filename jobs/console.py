@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
+from jobs import describe
+
 if TYPE_CHECKING:
     from data_prep.prepare import Progress
     from pipeline.tasks import Summary
@@ -43,14 +45,7 @@ class TrainingDisplay:
             log.info("step %d of %d: %s", step, total, shown)
 
     def evaluated(self, summary: Summary) -> None:
-        log.info(
-            "%s: %s, %.2f of %d recursive steps, %.0f images/s",
-            summary.split,
-            summary.headline,
-            summary.mean_steps,
-            summary.maximal_steps,
-            summary.images_per_second,
-        )
+        log.info("%s: %s", summary.split, describe.in_short(summary))
 
     def close(self) -> None:
         if self._bar is not None:

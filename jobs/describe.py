@@ -24,10 +24,22 @@ if TYPE_CHECKING:
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, Stretch
 
+LEAST_TEXT = 40  # characters, for the texts beside the names of recipes
+
 
 def table_of(rows: list[list[object]], headers: list[str]) -> str:
     """Aligned columns, the cells as they are."""
     return tabulate(rows, headers, tablefmt="simple", disable_numparse=True)
+
+
+def counted(number: float, what: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number:,g} {what}{'' if number == 1 else 's'}"
+
+
+def speed(images_per_second: float) -> str:
+    """Images per second, whole where that says enough."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
 
 
 def mega(multiply_adds: float) -> str:
@@ -83,9 +95,8 @@ def _schedule(config: Config) -> str:
 def _length(planned: Plan) -> str:
     epochs, steps = planned.config.train.epochs, planned.steps_per_epoch
     if epochs is not None:
-        return f"{epochs} epochs of {steps} steps"
-    phases = len(planned.stretches)
-    return f"{phases} phase{'s' if phases > 1 else ''}, epochs of {steps} steps"
+        return f"{counted(epochs, 'epoch')} of {counted(steps, 'step')}"
+    return f"{counted(len(planned.stretches), 'phase')}, epochs of {counted(steps, 'step')}"
 
 
 def _phase(stretch: Stretch) -> str:
@@ -105,8 +116,8 @@ def prepared(manifest: Manifest, seconds: float) -> str:
     of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
     lines = [
         f"{manifest.root}: {counts} images{of}",
-        f"{size:,.1f} MB in {len(shards)} shards after {seconds:.1f} s; {manifest.reencoded} "
-        f"re-encoded; see {manifest.root / CARD_NAME}",
+        f"{size:,.1f} MB in {counted(len(shards), 'shard')} after {seconds:.1f} s; "
+        f"{manifest.reencoded} re-encoded; see {manifest.root / CARD_NAME}",
     ]
     for count, what, name in (
         (manifest.rejected, f"of {manifest.found} rejected", REJECTED_NAME),
@@ -152,9 +163,17 @@ def summary(found: Summary) -> str:
         ]
     rows += [
         ["multiply-adds", f"{mega(found.multiply_adds)} ({100 * share:.1f} % of nominal)"],
-        ["images/s", f"{found.images_per_second:,.0f}"],
+        ["images/s", speed(found.images_per_second)],
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def in_short(found: Summary) -> str:
+    """The results of an evaluation on one line."""
+    parts = [found.headline]
+    if found.maximal_steps:
+        parts.append(f"{found.mean_steps:.2f} of {found.maximal_steps} recursive steps")
+    return ", ".join([*parts, f"{speed(found.images_per_second)} images/s"])
 
 
 def consolidation(before: Summary, after: Summary, angle: float) -> str:
@@ -174,7 +193,7 @@ def by_steps(found: Sequence[Summary]) -> str:
             summary.step_choice,
             *(figure for _, figure in summary.rows),
             mega(summary.multiply_adds),
-            f"{summary.images_per_second:,.0f}",
+            speed(summary.images_per_second),
         ]
         for summary in found
     ]
@@ -215,14 +234,32 @@ def models(pattern: str) -> str:
     return f"{table_of(rows, headers)}\n\n{note}"
 
 
-def recipes() -> str:
-    """Every recipe with what it trains and the paper's figure."""
-    from pipeline.recipes import RECIPES
+def recipes(pattern: str, width: int | None = None) -> str:
+    """The recipes that match, with what they train and the paper's figure.
 
+    `width` is that of a terminal, in characters, which long texts are broken to fit; None leaves
+    each recipe on one line, for `grep`.
+    """
+    from pipeline.recipes import RECIPES, list_recipes
+
+    names = list_recipes(pattern)
+    if not names:
+        raise ValueError(f"no recipe matches {pattern!r}: `reprise recipes` lists them all")
     rows: list[list[object]] = [
-        [name, recipe.about, recipe.reported] for name, recipe in RECIPES.items()
+        [name, RECIPES[name].about, RECIPES[name].reported] for name in names
     ]
-    return table_of(rows, ["recipe", "what", "the paper's figure"])
+    headers = ["recipe", "what", "the paper's figure"]
+    if width is None:
+        return table_of(rows, headers)
+    left = max(LEAST_TEXT, width - max(map(len, names)) - 4)  # two gaps of two characters
+    what = max(LEAST_TEXT // 2, round(0.55 * left))
+    return tabulate(
+        rows,
+        headers,
+        tablefmt="simple",
+        disable_numparse=True,
+        maxcolwidths=[None, what, left - what],
+    )
 
 
 def duration(seconds: float) -> str:

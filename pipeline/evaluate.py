@@ -56,7 +56,7 @@ def evaluate(
     choice = model.steps_taken(steps)
     training = model.training
     model.eval()
-    started = time.perf_counter()
+    pace = _Pace()
     parts: list[dict[str, Any]] = []
     cells: list[str] = []
     done = 0
@@ -69,14 +69,39 @@ def evaluate(
             results = task.results(output, batch, done)
             parts.append({"keys": batch.keys, "executed": executed} | results)
             done += len(batch.keys)
+            pace.count(len(batch.keys))
             on_batch(len(batch.keys))
-    gathered = world.gather((cells, parts, time.perf_counter() - started))
+    gathered = world.gather((cells, parts, pace.measured()))
     model.train(training)
     cells = next((names for names, _, _ in gathered if names), [])
     joined = [part for _, own, _ in gathered for part in own]
-    seconds = max(elapsed for _, _, elapsed in gathered)
-    record = {"split": split, "step": step, "step_choice": choice}
-    return _summarise(task, joined, cells, cost, seconds, record)
+    seconds, images = zip(*(measured for _, _, measured in gathered), strict=True)
+    record = {
+        "split": split,
+        "step": step,
+        "step_choice": choice,
+        "images_per_second": sum(images) / max(seconds),
+    }
+    return _summarise(task, joined, cells, cost, record)
+
+
+class _Pace:
+    """How fast one rank goes.
+
+    The first batch waits for readers that start and a network that is compiled: it counts only
+    where there is no other.
+    """
+
+    def __init__(self) -> None:
+        self._moments = [(time.perf_counter(), 0)]  # seconds and images, after each batch
+
+    def count(self, images: int) -> None:
+        self._moments.append((time.perf_counter(), self._moments[-1][1] + images))
+
+    def measured(self) -> tuple[float, int]:
+        """Seconds, and the images that they took."""
+        first, last = self._moments[1 if len(self._moments) > 2 else 0], self._moments[-1]
+        return last[0] - first[0], last[1] - first[1]
 
 
 def _summarise(
@@ -84,7 +109,6 @@ def _summarise(
     parts: list[dict[str, Any]],
     cells: list[str],
     cost: Cost,
-    seconds: float,
     record: dict[str, Any],
 ) -> tuple[Summary, Samples]:
     keys = np.array([key for part in parts for key in part["keys"]])
@@ -103,7 +127,6 @@ def _summarise(
         rates=rates,
         multiply_adds=cost.executed(rates),
         nominal_multiply_adds=cost.nominal,
-        images_per_second=len(keys) / seconds,
     )
     return task.conclude(parts, execution, keys, steps.astype(np.int64))
 

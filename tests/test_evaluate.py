@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,16 +111,31 @@ def test_any_number_of_ranks_gives_the_same(
 
 
 class BesideASlowOne(World):
-    """A rank that took two seconds for all images, beside one that took four for none."""
+    """A rank that took two seconds for most images, beside one that took four for the others."""
 
     def gather(self, value: Any) -> list[Any]:
         cells, parts, _ = value
-        return [(cells, parts, 2.0), (cells, [], 4.0)]
+        return [(cells, parts, (2.0, 50)), (cells, [], (4.0, 14))]
 
 
 def test_images_per_second_wait_for_the_slowest_rank(manifest: Manifest) -> None:
     summary, _ = evaluated(manifest, BesideASlowOne())
     assert summary.images_per_second == 64 / 4
+
+
+@pytest.mark.parametrize(("batch", "images"), [(10, 54), (40, 24), (64, 64)])
+def test_the_first_batch_counts_only_where_it_is_alone(
+    manifest: Manifest, monkeypatch, batch: int, images: int
+) -> None:
+    """It waits for readers that start and a network that is compiled: 100 seconds here."""
+    clock = iter([0.0, *range(100, 200)])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: float(next(clock)))
+    model = network()
+    options = {"reader": "torch", "augment": Augmentation(), "world": World(), "workers": 0}
+    loader = eval_loader(manifest, batch_size=batch, **options)
+    summary, _ = evaluation.evaluate(model, loader, World(), measure(model), "test", 7)
+    seconds = 100 if images == 64 else math.ceil(64 / batch) - 1
+    assert summary.images_per_second == images / seconds
 
 
 def test_what_is_saved_comes_back(

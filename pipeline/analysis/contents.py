@@ -67,6 +67,13 @@ class Run:
             for i in range(1, cell.steps + 1)
         )
 
+    @property
+    def unfinished(self) -> float | None:
+        """The epoch that a run has reached that is not at its end, as far as epochs tell."""
+        epochs, clock = self.config.train.epochs, self.history.get("epoch", [])
+        reached = clock[-1][1] if clock else 0.0
+        return reached if epochs is not None and reached < epochs else None
+
     def series(self, metric: str) -> tuple[Floats, Floats]:
         """Epochs and values of a tracked metric; both empty where there are no points."""
         points = self.history.get(metric, [])

@@ -95,11 +95,20 @@ def panels(
         for axes in grid.flat:
             axes.set_facecolor("none")
         yield grid.tolist()
+        for axes in grid.flat:
+            _mark_single_points(axes)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     picture.svg = _inline(buffer.getvalue(), picture)
     picture.width = round(width * PIXELS_PER_INCH)
+
+
+def _mark_single_points(axes: Axes) -> None:
+    """A run that has only begun has curves of one point, and a line through one is invisible."""
+    for line in axes.get_lines():
+        if np.isfinite(np.asarray(line.get_ydata(), np.float64)).sum() == 1:
+            line.set(marker="o", markersize=2.8)
 
 
 @contextmanager

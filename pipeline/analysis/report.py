@@ -58,7 +58,10 @@ def render(run: Run, beside: Sequence[Run] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "millions": _millions}
-    environment.filters |= {"decibels": "{:.2f} dB".format, "thousands": "{:,.0f}".format}
+    environment.filters |= {
+        "decibels": "{:.2f}\N{NO-BREAK SPACE}dB".format,
+        "thousands": "{:,.0f}".format,
+    }
     return environment.get_template("report.html").render(
         run=run,
         config=run.config,
@@ -108,8 +111,8 @@ def quoted(config: Config) -> Quote | None:
 def _length(config: Config) -> str:
     epochs = config.train.epochs
     if epochs is not None:
-        return f"{epochs} epochs"
-    return f"{len(config.phases)} phase{'s' if len(config.phases) > 1 else ''}"
+        return f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    return f"{len(config.phases)} phase{'' if len(config.phases) == 1 else 's'}"
 
 
 def _gap(run: Run) -> list[tuple[str, float, float]]:
@@ -179,9 +182,10 @@ def _restorations(run: Run) -> dict[str, Any]:
     return {"restorations": shown, "most_rows": 0}
 
 
+# A line never breaks between a figure and its unit.
 def _percent(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _millions(multiply_adds: float) -> str:
-    return f"{multiply_adds / 1e6:,.2f} M"
+    return f"{multiply_adds / 1e6:,.2f}\N{NO-BREAK SPACE}M"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pipeline.analysis.figure import INK, MUTED, SERIES, Picture, drawing, legend_above
 
 _MOST_COUNTS = 16  # bars that have room for their count
+_ROOM = 0.12  # above the highest bar, for its count, as a share of the bar
 
 
 def deviation(histogram: Sequence[int]) -> float:
@@ -29,9 +30,11 @@ def draw(histogram: Sequence[int], mean: float, expected: float) -> Picture:
         if len(histogram) <= _MOST_COUNTS:
             counts = [f"{n:,}" if n else "" for n in histogram]
             axes.bar_label(bars, counts, padding=2, color=MUTED, fontsize=9)
-        axes.axvline(mean, color=INK, label=f"mean {mean:.2f}")
+        below_counts = 1 / (1 + _ROOM)
+        axes.axvline(mean, ymax=below_counts, color=INK, label=f"mean {mean:.2f}")
         axes.axvline(
             expected,
+            ymax=below_counts,
             color=SERIES[1],
             linestyle=(0, (5, 3)),
             label=f"with gates at target {expected:.2f}",
@@ -39,6 +42,6 @@ def draw(histogram: Sequence[int], mean: float, expected: float) -> Picture:
         axes.grid(visible=False, axis="x")
         axes.locator_params(axis="x", integer=True)
         axes.set(xlabel="executed steps, all cells", ylabel="images", xlim=(-0.6, None))
-        axes.margins(y=0.12)
+        axes.margins(y=_ROOM)
         legend_above(axes)
     return picture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,14 @@ RECIPES: dict[str, Recipe] = {
     **reset.RECIPES,
     **relaxed.RECIPES,
 }
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern such as `rc/*-short`, or hold a text such as `cifar10`.
+
+    Those of a paper's table are in its order.
+    """
+    return fnmatch.filter(RECIPES, pattern) or [name for name in RECIPES if pattern in name]
 
 
 def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:

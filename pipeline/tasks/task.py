@@ -34,7 +34,7 @@ class Summary:
     rates: dict[str, list[float]]  # recursive cell -> share of samples executing each step
     multiply_adds: float  # per sample of the training's size, as executed
     nominal_multiply_adds: int
-    images_per_second: float  # all ranks, reading included
+    images_per_second: float  # all ranks, reading included, its start not
     step_choice: int | None = None  # number of steps asked of a cost-adjustable network
 
     @property

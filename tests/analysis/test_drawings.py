@@ -138,3 +138,11 @@ def test_deviations_are_those_of_the_images(run, drawn):
     (figure,) = drawn
     bars = figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx(routes.std(0))
+
+
+def test_a_run_that_has_only_begun_has_points_to_see(run, drawn):
+    begun = replace(run, history={name: points[:1] for name, points in run.history.items()})
+    learning_curves.draw(begun)
+    lines = [line for figure in drawn for axes in figure.axes for line in axes.lines]
+    assert len(lines) > 3
+    assert all(line.get_marker() == "o" for line in lines)

@@ -193,13 +193,25 @@ def test_paper_is_quoted_with_what_the_run_does_differently():
     assert report.quoted(own.model_copy(update={"name": "mine"})) is None
 
 
-def test_quote_is_on_the_page(make_run):
+def test_quote_is_on_the_page(make_run, shards):
     directory = make_run()
-    own = recipes.load("drnn/cifar10/dr_resnet16", ["train.epochs=1"])
+    own = recipes.load("drnn/cifar10/dr_resnet16", ["train.epochs=1", f"data.path={shards.root}"])
     directory.config_file.write_text(own.to_yaml())
     text = Page(report.write(directory).read_text()).text
     assert "The paper gives 8.14 % error, Table 1, as its own measurement on its own data." in text
     assert "train.epochs is 1 instead of 350." in text
+    assert "This run learns from 18 images of images." in text
+
+
+def test_what_is_not_finished_says_so(make_run):
+    directory = make_run()
+    assert "not finished" not in Page(report.write(directory).read_text()).text
+    own = recipes.load("drnn/cifar10/dr_resnet16", ["train.epochs=8"])
+    directory.config_file.write_text(own.to_yaml())
+    text = Page(report.write(directory).read_text()).text
+    assert "8 epochs of batch 256" in text
+    assert "not finished: epoch 3.0 of 8" in text
+    assert "on its own data. It is not finished. This run departs" in text
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):

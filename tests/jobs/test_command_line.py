@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import cli
+from jobs import cli, describe
 from jobs.errors import Exit, guarded
 from pipeline.models import list_models
 from pipeline.recipes import RECIPES
@@ -243,6 +243,18 @@ def test_lists(reprise) -> None:
     assert len(listed.out.splitlines()) == len(RECIPES) + 2
     (row,) = [line for line in listed.out.splitlines() if "cifar10/dr_resnet40" in line]
     assert "6.51 % error, Table 1" in row
+    some = [line.split()[0] for line in reprise("recipes", "cifar10/dr_").out.splitlines()[2:]]
+    assert some == [name for name in RECIPES if "cifar10/dr_" in name]
+    assert [*reprise("recipes", "rc/*-short").out.splitlines()[2:]]
+    unknown = reprise("recipes", "vgg")
+    assert unknown.code == 2
+    assert "no recipe matches 'vgg': `reprise recipes` lists them all" in unknown.err
+
+
+def test_recipes_fit_a_terminal() -> None:
+    lines = describe.recipes("*", width=100).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {line.split()[0] for line in lines} >= set(RECIPES)
 
 
 def test_evaluation_of_a_run(reprise, finished: Path, shards: Path, tmp_path: Path) -> None:
