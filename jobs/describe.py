@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from data_prep.inspection import Inspection
     from pipeline.config import Config
     from pipeline.tasks import Summary
-    from pipeline.training.plan import Plan, Stretch
+    from pipeline.training.plan import Plan, PlannedPhase
 
 LEAST_TEXT = 40  # characters, for the texts beside the names of recipes
 
@@ -56,11 +56,11 @@ def plan(planned: Plan) -> str:
     trained = f", {cost.parameters + cost.surplus:,} in training" if cost.surplus else ""
     rows: list[list[object]] = [
         [
-            *([stretch.phase.name] if config.phases else []),
+            *([each.phase.name] if config.phases else []),
             *(group.role, f"{group.parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"),
         ]
-        for stretch in planned.stretches
-        for group in stretch.groups
+        for each in planned.phases
+        for group in each.groups
     ]
     heads = [*(["phase"] if config.phases else []), "group", "parameters", "lr", "weight decay"]
     return "\n".join(
@@ -71,7 +71,7 @@ def plan(planned: Plan) -> str:
             f"{_length(planned)}, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
             f"{_schedule(config)}, seed {config.seed}",
-            *(_phase(stretch) for stretch in planned.stretches if config.phases),
+            *(_phase(each) for each in planned.phases if config.phases),
             f"parameters: {cost.parameters:,}{trained}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
@@ -96,14 +96,14 @@ def _length(planned: Plan) -> str:
     epochs, steps = planned.config.train.epochs, planned.steps_per_epoch
     if epochs is not None:
         return f"{counted(epochs, 'epoch')} of {counted(steps, 'step')}"
-    return f"{counted(len(planned.stretches), 'phase')}, epochs of {counted(steps, 'step')}"
+    return f"{counted(len(planned.phases), 'phase')}, epochs of {counted(steps, 'step')}"
 
 
-def _phase(stretch: Stretch) -> str:
-    phase, own = stretch.phase, stretch.config
+def _phase(planned: PlannedPhase) -> str:
+    phase, own = planned.phase, planned.config
     most = "at most " if phase.until else ""
     return (
-        f"phase {phase.name}: {', '.join(phase.trains)} for {most}{stretch.steps:,} steps, "
+        f"phase {phase.name}: {', '.join(phase.trains)} for {most}{planned.steps:,} steps, "
         f"{own.optimizer.name}, {own.schedule.name} schedule, scorer {own.scorer.name}"
     )
 

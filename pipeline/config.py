@@ -268,7 +268,7 @@ _PARTS = "all, controller, body, units, norms, statistics, stem, stage1, stage2,
 
 
 class Phase(_Section):
-    """A stretch of training: what trains, how, and for how long. None: as the run.
+    """A part of training: what trains, how, and for how long. None: as the run.
 
     `trains` names parts of the network; the others receive no update and no weight decay. The
     statistics of a norm move where its parameters train; `statistics` lets all of them move.
@@ -394,7 +394,7 @@ class Config(_Section):
         return self
 
     @property
-    def stretches(self) -> tuple[Phase, ...]:
+    def all_phases(self) -> tuple[Phase, ...]:
         """The phases; one of the whole training where none are given."""
         return self.phases or (Phase(name="training", epochs=self.train.epochs),)
 

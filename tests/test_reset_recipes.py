@@ -34,7 +34,7 @@ def test_its_phases_fit_its_network(name: str) -> None:
     with torch.device("meta"):
         model = create_model(config.model, **config.model_options)
     phases.check(model, config)
-    trained = {phases.selection(model, phase).parameters for phase in config.stretches}
+    trained = {phases.selection(model, phase).parameters for phase in config.all_phases}
     assert all(trained)
     if config.init_from:
         start = config.init_from.path.name.removeprefix("reset-").removesuffix("-seed0")

@@ -64,6 +64,6 @@ def mode(config: Config, device: torch.device) -> str:
     one_pass = (
         config.train.accumulation == 1
         and config.steps.draw == "one"
-        and all(phase.draws == 1 for phase in config.stretches)
+        and all(phase.draws == 1 for phase in config.all_phases)
     )
     return "reduce-overhead" if device.type == "cuda" and one_pass else "default"

@@ -21,7 +21,7 @@ def check(model: Network, config: Config) -> None:
         ConfigError: a part that it has not, a scorer or a convergence without controllers, a k
             larger than the pool.
     """
-    for phase in config.stretches:
+    for phase in config.all_phases:
         selection(model, phase)
         own = config.during(phase)
         where = f"phase {phase.name!r}: " if config.phases else ""

@@ -21,7 +21,7 @@ STAGED = "REPRISE_STAGED"  # folders that hold copies of shards, looked into fir
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PlannedPhase:
     """One phase of a run: its own configuration, its parameter groups and its length."""
 
     phase: Phase
@@ -41,13 +41,13 @@ class Plan:
     config: Config  # its learning rate is for its own batch
     manifest: Manifest
     costs: dict[int | None, Cost]
-    stretches: list[Stretch]
+    phases: list[PlannedPhase]
     steps_per_epoch: int  # optimizer steps
 
     @property
     def groups(self) -> list[optim.Group]:
         """The parameter groups of the first phase."""
-        return self.stretches[0].groups
+        return self.phases[0].groups
 
     @property
     def cost(self) -> Cost:
@@ -77,19 +77,19 @@ def plan(config: Config, world_size: int) -> Plan:
         config=config,
         manifest=manifest,
         costs=measure_choices(model, config.data.augment.size),
-        stretches=[
-            _stretch(model, config, phase, micro // config.train.accumulation)
-            for phase in config.stretches
+        phases=[
+            _planned(model, config, phase, micro // config.train.accumulation)
+            for phase in config.all_phases
         ],
         steps_per_epoch=micro // config.train.accumulation,
     )
 
 
-def _stretch(model: Network, config: Config, phase: Phase, steps_per_epoch: int) -> Stretch:
+def _planned(model: Network, config: Config, phase: Phase, steps_per_epoch: int) -> PlannedPhase:
     own = optim.scaled(config.during(phase))
     phases.prepare(model, config, phase)
     steps = phases.most_steps(phase, steps_per_epoch)
-    return Stretch(phase, own, optim.groups(model, own.optimizer), steps)
+    return PlannedPhase(phase, own, optim.groups(model, own.optimizer), steps)
 
 
 def open_set(path: Path) -> Manifest:

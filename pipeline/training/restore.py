@@ -109,8 +109,8 @@ def trained_network(
     model = build_model(config, len(manifest.classes))
     load_model(model, checkpoint.path, evaluated_weights(checkpoint))
     reached = checkpoint.load("rank-00000")["progress"]["phase"]
-    stretches = config.stretches
-    model.scorer = phases.scorer(config.during(stretches[min(reached, len(stretches) - 1)]))
+    all_phases = config.all_phases
+    model.scorer = phases.scorer(config.during(all_phases[min(reached, len(all_phases) - 1)]))
     return model.to(device)
 
 

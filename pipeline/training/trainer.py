@@ -149,7 +149,7 @@ class Trainer:
             "movement": self.movement,
         }
         self.steps_per_epoch = loader.steps_per_epoch // config.train.accumulation
-        self.lengths = [phases.most_steps(p, self.steps_per_epoch) for p in config.stretches]
+        self.lengths = [phases.most_steps(p, self.steps_per_epoch) for p in config.all_phases]
         self._begin_phase()
         self.relaxation = relaxation.of(config, model, sum(self.lengths))
         self._saved_step: int | None = None
@@ -197,7 +197,7 @@ class Trainer:
     def _begin_phase(self) -> None:
         """Freeze, thaw and build what the phase that `progress` is in needs; the last one stays."""
         number = min(self.progress.phase, len(self.lengths) - 1)
-        self.phase, self.length = self.config.stretches[number], self.lengths[number]
+        self.phase, self.length = self.config.all_phases[number], self.lengths[number]
         phases.prepare(self.model, self.config, self.phase)
         own = self.config.during(self.phase)
         self.task = tasks.of(own)
