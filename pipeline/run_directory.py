@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from data_prep.files import write_atomically
 from data_prep.manifest import Manifest
-from pipeline import config as configuration
+from pipeline import configure
 from pipeline.config import Config, ConfigError
 
 CONFIG = "config.yaml"
@@ -72,7 +72,7 @@ class RunDirectory:
                 f"{self.path} is not a run directory (no {CONFIG}): give the folder that "
                 "`reprise train` printed"
             )
-        return configuration.read(self.config_file)
+        return configure.read(self.config_file)
 
     def claim(self, config: Config) -> None:
         """Own this directory for this configuration until `release` or death.

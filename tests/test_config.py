@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import config
+from pipeline import configure
 from pipeline.config import ConfigError
 
 BASE: dict[str, Any] = {
@@ -86,9 +86,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_on_one_line_with_the_cure(case: str) -> None:
     override, words = REFUSED[case]
-    config.build(BASE)  # good without it
+    configure.build(BASE)  # good without it
     with pytest.raises(ConfigError) as refused:
-        config.build(BASE, [override])
+        configure.build(BASE, [override])
     message = str(refused.value)
     assert "\n" not in message
     for word in words:
@@ -107,29 +107,29 @@ def test_refused_on_one_line_with_the_cure(case: str) -> None:
 )
 def test_refused_together(overrides: list[str]) -> None:
     with pytest.raises(ConfigError):
-        config.build(BASE, overrides)
+        configure.build(BASE, overrides)
 
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"train\.epochs=0.*; .*'seeed'"):
-        config.build(BASE, ["train.epochs=0", "seeed=1"])
+        configure.build(BASE, ["train.epochs=0", "seeed=1"])
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(
         ConfigError, match=r"train\.batch_size is missing: give train\.batch_size=VALUE"
     ):
-        config.build({**BASE, "train": {"epochs": 8}})
+        configure.build({**BASE, "train": {"epochs": 8}})
 
 
 def test_overrides_are_applied_in_order_and_leave_the_base_alone() -> None:
-    before = config.build(BASE)
-    changed = config.build(
+    before = configure.build(BASE)
+    changed = configure.build(
         BASE, ["train.epochs=5", "train.epochs=7", "optimizer.groups.norm.weight_decay=0"]
     )
     assert changed.train.epochs == 7
     assert changed.optimizer.groups["norm"].weight_decay == 0
-    assert config.build(BASE) == before
+    assert configure.build(BASE) == before
 
 
 def test_its_yaml_is_the_same_configuration(tmp_path: Path) -> None:
@@ -143,17 +143,17 @@ def test_its_yaml_is_the_same_configuration(tmp_path: Path) -> None:
         "checkpoints.every_minutes=null",
         "name='a: b'",
     ]
-    built = config.build(BASE, overrides)
+    built = configure.build(BASE, overrides)
     file = tmp_path / "config.yaml"
     file.write_text(built.to_yaml())
-    assert config.read(file) == built
+    assert configure.read(file) == built
     assert built.optimizer.clip_norm == 0.001
-    assert config.read(file, ["seed=4"]).seed == 4
+    assert configure.read(file, ["seed=4"]).seed == 4
 
 
 def test_flat_names_every_value_as_overrides_do() -> None:
     overrides = ["optimizer.groups.norm.lr_factor=2", "steps.probabilities={3: 1}"]
-    flat = config.build(BASE, overrides).flat()
+    flat = configure.build(BASE, overrides).flat()
     assert flat["steps.probabilities.3"] == 1
     assert flat["data.path"] == "data/digits"
     assert flat["data.augment.padding"] == 4
@@ -163,7 +163,7 @@ def test_flat_names_every_value_as_overrides_do() -> None:
 
 
 def test_a_configuration_does_not_change() -> None:
-    built = config.build(BASE)
+    built = configure.build(BASE)
     with pytest.raises(ValueError, match="frozen"):
         built.train.epochs = 3
 
@@ -175,27 +175,29 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
     file = tmp_path / "odd.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as refused:
-        config.read(file)
+        configure.read(file)
     assert str(file) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_file_with_a_mistake_is_named(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(config.build(BASE).to_yaml().replace("seed:", "sead:"))
+    file.write_text(configure.build(BASE).to_yaml().replace("seed:", "sead:"))
     with pytest.raises(ConfigError) as refused:
-        config.read(file)
+        configure.read(file)
     assert str(refused.value).startswith(f"{file}: unknown key 'sead'")
     with pytest.raises(ConfigError, match=r"^unknown key 'sead'"):
-        config.read(file, ["seed=4"])
+        configure.read(file, ["seed=4"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        config.read(tmp_path / "nowhere.yaml")
+        configure.read(tmp_path / "nowhere.yaml")
 
 
 def test_a_section_that_is_left_out_can_be_filled_in() -> None:
-    built = config.build(config.build(BASE).model_dump(mode="json"), ["init_from.path=runs/static"])
+    built = configure.build(
+        configure.build(BASE).model_dump(mode="json"), ["init_from.path=runs/static"]
+    )
     assert built.init_from is not None
     assert (built.init_from.path, built.init_from.recursive) == (Path("runs/static"), "mean")

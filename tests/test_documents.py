@@ -65,7 +65,7 @@ def test_the_cifar_commands_are_accepted(tmp_path: Path) -> None:
     images(tmp_path / "cifar-10", {"train": 260, "test": 10}, classes=10)
     prepare[prepare.index("--source") + 1] = "cifar-10"
     run(prepare, tmp_path)
-    assert "350 epochs of 1 steps, batch 256, bf16" in run([*train, "--dry-run"], tmp_path)
+    assert "350 epochs of 1 step, batch 256, bf16" in run([*train, "--dry-run"], tmp_path)
 
 
 def test_the_denoising_commands_are_accepted(tmp_path: Path, bsd_tar: Path) -> None:

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline import config as configuration
+from pipeline import configure
 from pipeline.config import Config, ConfigError
 from pipeline.recipes import drnn, rc, rc_denoising, relaxed, reset
 from pipeline.recipes.recipe import Recipe
@@ -37,10 +37,10 @@ def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
     """
     if name_or_file in RECIPES:
         base = RECIPES[name_or_file].config().model_dump(mode="json")
-        return configuration.build(base, overrides)
+        return configure.build(base, overrides)
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
-        return configuration.read(path, overrides)
+        return configure.read(path, overrides)
     close = difflib.get_close_matches(name_or_file, RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError(

@@ -6,7 +6,7 @@ import pytest
 from finished_runs import EPOCHS, prepared, results, track
 
 from data_prep.manifest import Manifest
-from pipeline import config, evaluate
+from pipeline import configure, evaluate
 from pipeline.run_directory import RunDirectory
 
 
@@ -31,7 +31,7 @@ def make_run(
     ) -> RunDirectory:
         directory = RunDirectory(tmp_path_factory.mktemp("runs") / name)
         values = {"name": "mine", "model": model, "data": {"path": str(manifest.root)}}
-        directory.claim(config.build(values | {"train": {"epochs": EPOCHS, "batch_size": 6}}))
+        directory.claim(configure.build(values | {"train": {"epochs": EPOCHS, "batch_size": 6}}))
         directory.release()
         summary, samples = results(manifest, model)
         if tracked:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline import config
+from pipeline import configure
 from pipeline.analysis import (
     contents,
     execution_rates,
@@ -67,7 +67,7 @@ def test_a_phase_begins_after_the_one_before(run):
     values |= {"train": {"epochs": None, "batch_size": 6}}
     values |= {"phases": [{"name": name, "steps": 2} for name in ("first", "second", "third")]}
     history = {"phase": [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)], "eval/top1": [(2, 0.5), (4, 0.7)]}
-    rows = phases.table(replace(run, config=config.build(values), history=history))
+    rows = phases.table(replace(run, config=configure.build(values), history=history))
     assert [(row.first_step, row.last_step, row.top1) for row in rows] == [
         (1, 2, 0.5),
         (3, 4, 0.7),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.trained import Ablate, Trajectories
-from pipeline import config
+from pipeline import configure
 from pipeline.analysis import ablation, trajectories
 from pipeline.analysis.levels import Block, blocks
 from pipeline.data import Batch
@@ -158,7 +158,7 @@ def test_both_are_drawn_from_a_run(shards, tmp_path: Path, monkeypatch):
         "train": {"epochs": 1, "batch_size": 6},
     }
     for name in ("first", "second"):
-        assert train(config.build(values), tmp_path / name, stop_after=1) == 0
+        assert train(configure.build(values), tmp_path / name, stop_after=1) == 0
     with pytest.raises(ValueError, match="call `reprise ablate` on that run first"):
         Ablate(tmp_path / "first", level=2, beside=(tmp_path / "second",), quiet=True)()
     Ablate(tmp_path / "second", level=2, images=5, quiet=True)()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from finished_runs import CLASSES
 
-from pipeline import config, evaluate, recipes
+from pipeline import configure, evaluate, recipes
 from pipeline.analysis import report
 from pipeline.config import ConfigError
 from pipeline.run_directory import RunDirectory
@@ -118,7 +118,7 @@ def test_configuration_on_the_page_is_a_recipe(make_run, tmp_path):
     page = report.write(directory).read_text()
     (shown,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
     values = yaml.safe_load("".join(Page(shown).texts))
-    assert config.build(values) == directory.read_config()
+    assert configure.build(values) == directory.read_config()
 
 
 def test_network_without_gates(make_run):

@@ -448,9 +448,9 @@ def test_the_ui_sends_what_the_members_of_a_sweep_hold(tmp_path: Path, monkeypat
 
 
 def _ours() -> int:
-    from pipeline import config
+    from pipeline import configure
 
-    config.build({})
+    configure.build({})
     return 0
 
 

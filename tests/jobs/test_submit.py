@@ -19,7 +19,7 @@ from jobs.clusters import Profile
 from jobs.errors import Exit
 from jobs.record import Job
 from jobs.submit import Request
-from pipeline import config as configuration
+from pipeline import configure
 from pipeline.config import Config, ConfigError
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker, replay
@@ -33,7 +33,7 @@ JOB = Job("lab", "7", 2, 1, 10, "here")
 
 @pytest.fixture
 def tiny(recipe: Path) -> Config:
-    return configuration.read(recipe)
+    return configure.read(recipe)
 
 
 def test_the_batch_script(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_found_before_anything_is_made(
 ) -> None:
     profile, nodes, gpus, minutes, changes, words = REFUSED[case]
     values = tiny.model_dump(mode="json")
-    config = configuration.build(values, [f"{key}={text}" for key, text in changes.items()])
+    config = configure.build(values, [f"{key}={text}" for key, text in changes.items()])
     with pytest.raises((ValueError, OSError), match=words):
         submit.submit(config, tmp_path / "run", Request(profile, nodes, gpus, minutes))
     assert_untouched(tmp_path)
@@ -79,7 +79,7 @@ def test_a_full_disk_and_a_swapped_index_are_found_too(
     copy = tmp_path / "set"
     shutil.copytree(shards, copy)
     (copy / "train-000000.idx").write_bytes((copy / "train-000001.idx").read_bytes())
-    broken = configuration.build(tiny.model_dump(mode="json"), [f"data.path={copy}"])
+    broken = configure.build(tiny.model_dump(mode="json"), [f"data.path={copy}"])
     with pytest.raises(ValueError, match=r"train-000000\.idx is the index of train-000001"):
         submit.check(broken, tmp_path / "run", request)
     monkeypatch.setattr(submit, "CHECKPOINT_BYTES", 10**12)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_prep.manifest import Manifest
-from pipeline import config, tasks
+from pipeline import configure, tasks
 from pipeline import evaluate as evaluation
-from pipeline.config import Augmentation
+from pipeline.config import Augmentation, Loss
 from pipeline.data import Batch, Noise, eval_loader
 from pipeline.distributed import World
 from pipeline.models import Output, create_model
@@ -66,8 +66,8 @@ def test_psnr_is_averaged_over_images_and_not_their_errors():
 def test_the_configuration_says_which_task_it_is():
     values = {"name": "x", "model": "rc_r3_1", "data": {"path": "d"}}
     values["train"] = {"epochs": 1, "batch_size": 1}
-    assert tasks.of(config.build(values)) == Classification(config.Loss())
-    assert tasks.of(config.build(values, ["data.sigma=25"])) == Denoising()
+    assert tasks.of(configure.build(values)) == Classification(Loss())
+    assert tasks.of(configure.build(values, ["data.sigma=25"])) == Denoising()
 
 
 def network():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.tasks import LocalRanks, Train
-from pipeline import config
+from pipeline import configure
 from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.run_directory import RunDirectory
@@ -33,7 +33,7 @@ class Tiny:
             "schedule": {"name": "one_cycle"},
             "train": {"epochs": 3, "batch_size": 16, "evaluate_every": 3},
         }
-        return config.build(values, [f"{key}={value}" for key, value in overrides.items()])
+        return configure.build(values, [f"{key}={value}" for key, value in overrides.items()])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from jobs import describe
 from jobs.trained import Evaluate
-from pipeline import config
+from pipeline import configure
 from pipeline.analysis import report
 from pipeline.config import Config, ConfigError
 from pipeline.run_directory import RunDirectory
@@ -38,11 +38,11 @@ def tiny_denoiser(bsd_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "optimizer": {"name": "adam", "lr": 0.002, "groups": {"shared": {"lr_factor": 0.5}}},
         "train": {"epochs": 2, "batch_size": 8, "log_every": 1},
     }
-    return config.build(values)
+    return configure.build(values)
 
 
 def changed(base: Config, *overrides: str) -> Config:
-    return config.build(base.model_dump(mode="json"), overrides)
+    return configure.build(base.model_dump(mode="json"), overrides)
 
 
 @pytest.mark.parametrize("sigma", ["0", "-5", "nan", ".inf", "text"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import config
+from pipeline import configure
 from pipeline.distributed import World
 from pipeline.models import Network, create_model
 from pipeline.models.norms import BatchNorm
@@ -35,7 +35,7 @@ def engine(
         "optimizer": {"lr": lr, "momentum": 0.0},
         "train": {"epochs": 1, "batch_size": 8},
     }
-    settings = config.build(values, [f"{key}={value}" for key, value in overrides.items()])
+    settings = configure.build(values, [f"{key}={value}" for key, value in overrides.items()])
     world = World()
     world.start()
     torch.manual_seed(0)

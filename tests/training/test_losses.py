@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import config
+from pipeline import configure
 from pipeline.config import Loss
 from pipeline.distributed import World
 from pipeline.models import CellRoute, Network, Output, create_model
@@ -107,7 +107,7 @@ def step_config(zero_stage: int) -> Any:
         "optimizer": {"lr": 1.0, "momentum": 0.0},
         "train": {"epochs": 1, "batch_size": 16, "zero_stage": zero_stage},
     }
-    return config.build(values)
+    return configure.build(values)
 
 
 def decide_without_noise(model: Network, norms: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import Manifest
-from pipeline import config as configuration
+from pipeline import configure
 from pipeline.config import Config, ConfigError, Convergence
 from pipeline.distributed import World
 from pipeline.models import CellRoute, Output, Policy, create_model
@@ -60,7 +60,7 @@ def phased(tiny: Tiny, phases: list[dict[str, Any]] = PHASES, **overrides: Any) 
         "schedule.name": "constant",
         **overrides,
     }
-    return configuration.build(values, [f"{key}={value}" for key, value in settings.items()])
+    return configure.build(values, [f"{key}={value}" for key, value in settings.items()])
 
 
 def states(run: Path) -> dict[int, dict[str, Tensor]]:

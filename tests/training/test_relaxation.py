@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jobs.trained import Consolidate, Evaluate
-from pipeline import config, tracking
+from pipeline import configure, tracking
 from pipeline.analysis import report
 from pipeline.config import ConfigError, Pull
 from pipeline.distributed import World
@@ -116,7 +116,7 @@ def one_step(terms: str, zero_stage: int, world: World) -> dict[str, Tensor]:
         "pull": {"points": [[0, 0.25], [1, 1]]},
         "train": {"epochs": 1, "batch_size": 16, "accumulation": 2, "zero_stage": zero_stage},
     }
-    built = config.build(values)
+    built = configure.build(values)
     engine = Engine(model, built, world, lambda step: 1.0)
     found = relaxation.of(built, model, 10)
     assert found is not None

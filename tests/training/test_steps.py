@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import config
+from pipeline import configure
 from pipeline.config import Config, ConfigError, Steps
 from pipeline.distributed import World
 from pipeline.models import Network, create_model
@@ -85,7 +85,7 @@ def test_the_example_of_a_refusal_is_accepted() -> None:
     example = str(refused.value).rpartition("steps.probabilities=")[2]
     base = {"name": "a", "model": "rc_r2", "data": {"path": "x"}}
     base |= {"train": {"epochs": 1, "batch_size": 1}}
-    steps.check(model, config.build(base, [f"steps.probabilities={example}"]).steps)
+    steps.check(model, configure.build(base, [f"steps.probabilities={example}"]).steps)
 
 
 # -- the update ------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def build(
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.eval()
-    return Engine(model, config.build(settings), world, lambda step: 1.0)
+    return Engine(model, configure.build(settings), world, lambda step: 1.0)
 
 
 def update(engine: Engine, world: World, numbers: tuple[int, ...], accumulation: int) -> None:
