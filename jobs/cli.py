@@ -51,7 +51,7 @@ def train(
 
     stopping.note()
     with loading():
-        from jobs import console, describe, tasks
+        from jobs import console, describe, record, tasks
         from pipeline import recipes
         from pipeline.config import ConfigError
         from pipeline.distributed import World
@@ -76,6 +76,10 @@ def train(
         raise ConfigError(
             f"--nproc {nproc} inside a launcher that started {world.world_size} ranks already: "
             "leave --nproc away"
+        )
+    if stop_after is not None and stop_after <= (at := record.newest_step(run_dir)):
+        raise ConfigError(
+            f"--stop-after {stop_after}: {run_dir} is at step {at} already: give a later step"
         )
     planned = plan(config, max(nproc, world.world_size))
     if dry_run:
@@ -153,9 +157,14 @@ def embed(
     names of their components: pool, iteration and unit.
     """
     from jobs import console, trained
+    from pipeline.distributed import World
 
-    console.configure(quiet)
-    click.echo(trained.Embed(trained.Evaluate(run_dir, data, split, best, quiet), out)())
+    world = World.detect()
+    console.configure(quiet, rank=world.rank)
+    evaluated = trained.Evaluate(run_dir, data, split, best, quiet or not world.is_main)
+    written = trained.Embed(evaluated, out)()
+    if world.is_main:
+        click.echo(written)
 
 
 @cli.command()

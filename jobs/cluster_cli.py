@@ -69,8 +69,11 @@ def submit(
             submit.check(config, run, request)
         if not profile.is_local:
             click.echo(submit.sbatch_text(request, list(runs), folder))
-        for config in runs.values():
-            click.echo(config.to_yaml(), nl=False)
+        if sweep:
+            for run in runs:
+                click.echo(f"member: {run}")
+            click.echo("of the first, from which the others differ by the settings in their names:")
+        click.echo(next(iter(runs.values())).to_yaml(), nl=False)
         return
     if sweep:
         jobs = sweeps.start(runs, folder, request, max_parallel)

@@ -200,7 +200,7 @@ def stage(folder: Path, to: Path, rank_aware: bool, quiet: bool) -> None:
     the set together into one folder, and those of several nodes a share each.
     """
     from data_prep.stage import stage as copy
-    from jobs import console
+    from jobs import console, describe
 
     console.configure(quiet)
     share, shares = 0, 1
@@ -212,7 +212,8 @@ def stage(folder: Path, to: Path, rank_aware: bool, quiet: bool) -> None:
     with console.progress(f"staging {folder}", quiet) as report:
         done = copy(folder, to, share=share, shares=shares, progress=report)
     click.echo(
-        f"{to}: {done.copied} shards copied, {done.kept} there already, {done.bytes / 1e6:,.1f} MB"
+        f"{to}: {describe.counted(done.copied, 'shard')} copied, {done.kept} there already, "
+        f"{done.bytes / 1e6:,.1f} MB"
     )
 
 

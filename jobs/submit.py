@@ -1,4 +1,4 @@
-"""A run's way to the queue: checked, made, photographed, queued; nothing is left of a refusal."""
+"""A run's way to the queue: checked, made, its code copied, queued; a refusal leaves nothing."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Embed:
 
     def __call__(self) -> Path:
         """The file, a NumPy archive: `keys`, `labels`, `routes` (images, components) float32, and
-        `components`, their names.
+        `components`, their names. Rank 0 writes it.
 
         Raises:
             ValueError: the network has no controllers.
@@ -139,6 +139,7 @@ class Embed:
         import numpy as np
 
         from data_prep.files import write_atomically
+        from pipeline.distributed import World
         from pipeline.models import create_model
         from pipeline.models.shapes import ShapesOnly
         from pipeline.run_directory import RunDirectory
@@ -154,6 +155,9 @@ class Embed:
                 "and so no routes to embed: give a run of a network with pools (reset*)"
             )
         ((_, folder),) = self.evaluate()
+        out = self.out or directory.path / f"routes-{folder.name}.npz"
+        if not World.detect().is_main:
+            return out
         samples = Samples.load(folder / "samples.npz")
         content = io.BytesIO()
         np.savez_compressed(
@@ -163,7 +167,6 @@ class Embed:
             routes=samples.routes,
             components=samples.components,
         )
-        out = self.out or directory.path / f"routes-{folder.name}.npz"
         write_atomically(out, content.getvalue())
         return out
 

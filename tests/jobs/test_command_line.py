@@ -152,7 +152,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_
     rows = {line.split()[0]: line.split() for line in answer.out.splitlines() if line.strip()}
     assert rows["gate"][2:] == ["0.025", "0.0005"]
     assert rows["shared"][2:] == rows["norm"][2:] == ["0.05", "0.0005"]
-    assert "1 epochs of 4 steps, batch 16, fp32, ZeRO 0" in answer.out
+    assert "1 epoch of 4 steps, batch 16, fp32, ZeRO 0" in answer.out
     assert_untouched(tmp_path)
     _, separator, text = answer.out.partition("name: tiny\n")
     (tmp_path / "again.yaml").write_text(separator + text)
@@ -168,6 +168,23 @@ def test_a_run_keeps_its_configuration(reprise, finished: Path, recipe: Path) ->
     assert other.returncode == 2
     assert "is a run with seed=0, now 3" in other.stderr.splitlines()[-1]
     assert sorted(finished.rglob("*")) == before
+
+
+def test_a_run_does_not_stop_before_where_it_is(reprise, finished: Path) -> None:
+    refused = reprise("train", finished, "--stop-after", "1")
+    assert refused.code == 2
+    assert f"--stop-after 1: {finished} is at step 4 already" in refused.err
+
+
+def test_a_sweep_shows_its_members_and_one_configuration(reprise, recipe: Path) -> None:
+    sweep = ("--cluster", "lab", "--sweep", "seed=0,1", "optimizer.lr=0.1,0.2", "--dry-run")
+    shown = reprise("submit", recipe, *sweep)
+    assert shown.code == 0, shown.err
+    members = [line for line in shown.out.splitlines() if line.startswith("member: ")]
+    assert len(members) == 4
+    assert members[1].endswith("-sweep/seed=0,optimizer.lr=0.2")
+    assert shown.out.count("\nseed: ") == 1
+    assert_untouched(Path())
 
 
 def test_a_folder_with_other_files_is_not_taken(recipe: Path, tmp_path: Path) -> None:
@@ -214,7 +231,7 @@ def test_a_set_is_estimated_made_looked_at_and_staged(reprise, images: Path, mon
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     share = reprise("stage", "set", "--to", "part", "--rank-aware")
-    assert share.out.startswith("part: 1 shards copied")
+    assert share.out.startswith("part: 1 shard copied")
 
 
 @pytest.mark.parametrize(

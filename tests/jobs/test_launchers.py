@@ -5,8 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,31 +12,10 @@ import pytest
 
 from pipeline.distributed import PORTS, _host, _port
 from tests.jobs.command import PATIENCE, until
+from tests.jobs.launchers import REPRISE, TORCHRUN, end, start
 from tests.training.conftest import Trace, trace
 
-BIN = Path(sys.executable).parent
-REPRISE = str(BIN / "reprise")
-TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", "--")
 SRUN = ("srun", "--ntasks", "2", "--overcommit", "--kill-on-bad-exit=1")
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def start(command: Sequence[object], folder: Path) -> "subprocess.Popen[str]":
-    """A command in a folder, as from a shell in which nobody has started ranks."""
-    kept = {k: v for k, v in os.environ.items() if k not in (*LAUNCHERS, "MLFLOW_TRACKING_URI")}
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env=kept | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def end(process: "subprocess.Popen[str]", status: int) -> None:
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == status, output
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.training.plan import plan
 from tests.data import shard_set
-from tests.jobs.command import reprise
+from tests.jobs.command import PATIENCE, reprise
+from tests.jobs.launchers import REPRISE, TORCHRUN, start
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_second_test_set_stands_beside_the_first(finished: Path) -> None:
     ((summary, _),) = Evaluate(finished / "run", data=finished / "cifar10.1", quiet=True)()
     assert (summary.samples, summary.split) == (20, "test")
-    page = report.write(RunDirectory(finished / "run")).read_text()
+    page = " ".join(report.write(RunDirectory(finished / "run")).read_text().split())
     assert re.search(r"Gap to [\w.-]*cifar10\.1-test: -?\d+\.\d\d points, \d+\.\d\d % there", page)
     for section in ('id="phases"', 'id="policies"', "Images with similar routes"):
         assert section in page
@@ -73,6 +74,15 @@ def test_routes_are_written_with_their_keys(finished: Path) -> None:
     assert routes.shape == (20, 2 * 4)
     assert components[:4] == [f"stages.0.pool/1/{unit}" for unit in (1, 2, 3, 4)]
     np.testing.assert_allclose(routes.reshape(20, 2, 4).sum(2), 1, rtol=1e-5)
+
+
+def test_of_several_ranks_one_writes_the_routes(finished: Path) -> None:
+    process = start([*TORCHRUN, REPRISE, "embed", "run", "--out", "all.npz", "--quiet"], finished)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert output.count("all.npz") == 1, output
+    with np.load(finished / "all.npz", allow_pickle=False) as found:
+        assert len(set(found["keys"].tolist())) == 20  # of both ranks
 
 
 def test_a_network_without_controllers_has_no_routes(tmp_path: Path) -> None:
