@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipeline.models import (
     denoising,
     mobilenet,
+    rcnn,
     recurrent_convolution,
     relaxed,
     reset,
@@ -33,6 +34,7 @@ __all__ = [
 _MODELS: dict[str, Callable[..., Network]] = {
     **resnet.MODELS,
     **mobilenet.MODELS,
+    **rcnn.MODELS,
     **recurrent_convolution.MODELS,
     **denoising.MODELS,
     **reset.MODELS,

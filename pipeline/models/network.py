@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.models.norms import BatchNorm
 from pipeline.models.pool import Pool
+from pipeline.models.recurrent_layer import RecurrentLayer
 from pipeline.models.routers import Router
 from pipeline.models.routers.controller import Controller
 from pipeline.models.scorers import Scorer
@@ -148,6 +149,8 @@ def _role(module: nn.Module) -> Role | None:
         case RelaxedConv():
             return "rest"
         case RecursiveCell() if module.steps > 1:
+            return "shared"
+        case RecurrentLayer():
             return "shared"
         case Pool() if module.iterations > 1:
             return "shared"

@@ -1,5 +1,6 @@
 """ResNets for CIFAR and ImageNet: static, recursive and dynamic recursive (DRNN Tables 1 to 3),
-and the baselines of those tables, stochastic depth and adaptive inference graphs (AIG).
+and the baselines of those tables: stochastic depth, adaptive inference graphs (AIG) and, on CIFAR,
+pre-activation, whose shortcuts are 1x1 convolutions where the shape changes.
 
 A layout gives the steps of every cell, stage by stage. On CIFAR the first stage is never recursive;
 the first cell of a stage, which changes the shape, is recursive nowhere.
@@ -7,7 +8,8 @@ the first cell of a stage, which changes the shape, is recursive nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models import options
-from pipeline.models.cells import BasicCell, Bottleneck, ResidualCell, StrideOn
+from pipeline.models.cells import BasicCell, Bottleneck, PreActivationCell, ResidualCell, StrideOn
 from pipeline.models.network import Network, Output
 from pipeline.models.norms import BANKS, BatchNorm
 from pipeline.models.options import PREFIXES, Kind, Options
@@ -38,10 +40,12 @@ class Form:
     large_stem: bool
     stem_channels: int
     widths: tuple[int, ...]  # output channels of each stage
-    cell: Callable[..., ResidualCell]
+    cell: Callable[..., ResidualCell | PreActivationCell]
+    pre_activation: bool = False  # norm and ReLU stand before the convolutions
 
 
 CIFAR = Form(32, large_stem=False, stem_channels=16, widths=(16, 32, 64), cell=BasicCell)
+PRE_ACTIVATION = replace(CIFAR, cell=PreActivationCell, pre_activation=True)
 IMAGENET = Form(
     224, large_stem=True, stem_channels=64, widths=(256, 512, 1024, 2048), cell=Bottleneck
 )
@@ -51,9 +55,20 @@ class ResNet(Network):
     """A stem, stages of residual cells, global average pooling and a linear classifier.
 
     The stem is a 3x3 convolution, or for large images a 7x7 one and a maximum, each of stride 2.
+    Norm and ReLU follow it, or, where cells begin with their own, the last stage.
     """
 
-    def __init__(self, layout: Layout, form: Form, chosen: Options) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        form: Form,
+        chosen: Options,
+        own_targets: Mapping[int, float] | None = None,
+    ) -> None:
+        """Args:
+        own_targets: of the gates of these cells, counted through all stages, in the place of
+            ``chosen.target``.
+        """
         super().__init__()
         self.image_size = form.image_size
         self.large_stem = form.large_stem
@@ -62,8 +77,12 @@ class ResNet(Network):
             self.stem = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         else:
             self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.norm = BatchNorm(channels, sync=chosen.sync_norm)
-        self.stages = nn.ModuleList(Stage(cells) for cells in _cells(layout, form, chosen))
+        self.pre_activation = form.pre_activation
+        normed = form.widths[-1] if self.pre_activation else channels
+        self.norm = BatchNorm(normed, sync=chosen.sync_norm)
+        self.stages = nn.ModuleList(
+            Stage(cells) for cells in _cells(layout, form, chosen, own_targets or {})
+        )
         self.classifier = nn.Linear(form.widths[-1], chosen.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -72,19 +91,25 @@ class ResNet(Network):
     def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """images (N, 3, H, W), of any size that the strides leave a pixel of."""
         self.steps_taken(steps)  # refuses every number
-        x = F.relu(self.norm(self.stem(images)), inplace=True)
+        x = self.stem(images)
+        if not self.pre_activation:
+            x = F.relu(self.norm(x), inplace=True)
         if self.large_stem:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         routes: tuple[CellRoute, ...] = ()
         for stage in self.stages:
             x, stage_routes = stage(x)
             routes += stage_routes
+        if self.pre_activation:
+            x = F.relu(self.norm(x), inplace=True)
         return Output(self.classifier(global_average(x)), routes)
 
 
-def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[RecursiveCell]]:
+def _cells(
+    layout: Layout, form: Form, chosen: Options, own_targets: Mapping[int, float]
+) -> Iterator[list[RecursiveCell]]:
     """The cells of each stage."""
-    channels = form.stem_channels
+    channels, numbers = form.stem_channels, itertools.count()
     survival = _survival(layout, chosen)
     for s, (width, stage) in enumerate(zip(form.widths, layout, strict=True)):
         cells = []
@@ -98,7 +123,8 @@ def _cells(layout: Layout, form: Form, chosen: Options) -> Iterator[list[Recursi
                 norm=partial(bank, steps=steps, sync=chosen.sync_norm),
                 conv=convolution(chosen.sharing, steps),
             )
-            router = next(survival) if survival else _router(chosen, channels, steps)
+            target = own_targets.get(next(numbers), chosen.target)
+            router = next(survival) if survival else _router(chosen, target, channels, steps)
             branch = survival is not None or chosen.kind == "adaptive"
             cells.append(
                 RecursiveCell(
@@ -122,12 +148,12 @@ def _survival(layout: Layout, chosen: Options) -> Iterator[RandomDrop] | None:
     return map(RandomDrop, found) if found else None
 
 
-def _router(chosen: Options, channels: int, steps: int) -> Router:
+def _router(chosen: Options, target: float | None, channels: int, steps: int) -> Router:
     """The router of one cell: that of a cell with one step decides only where all have one."""
-    if chosen.target is not None and chosen.kind == "adaptive":
-        return Gate(channels, target=chosen.target, norm=BatchNorm(HIDDEN, sync=chosen.sync_norm))
-    if chosen.target is not None and steps > 1:
-        return Gate(channels, target=chosen.target)
+    if target is not None and chosen.kind == "adaptive":
+        return Gate(channels, target=target, norm=BatchNorm(HIDDEN, sync=chosen.sync_norm))
+    if target is not None and steps > 1:
+        return Gate(channels, target=target)
     return FixedRouter()
 
 
@@ -135,6 +161,7 @@ def _on_cifar(
     name: str,
     layout: Layout,
     kind: Kind,
+    form: Form = CIFAR,
     *,
     num_classes: int = 10,
     norm: str | None = None,
@@ -154,7 +181,7 @@ def _on_cifar(
         sharing=sharing,
         death_rate=death_rate,
     )
-    return ResNet(layout, CIFAR, chosen)
+    return ResNet(layout, form, chosen)
 
 
 def _on_imagenet(
@@ -187,7 +214,7 @@ def _on_imagenet(
         death_rate=death_rate,
     )
     form = replace(IMAGENET, cell=partial(Bottleneck, stride_on=stride_on))
-    return ResNet(layout, form, chosen)
+    return ResNet(layout, form, chosen, AIG_TARGETS.get(name))
 
 
 def _static(*cells: int) -> Layout:
@@ -224,8 +251,14 @@ IMAGENET_RECURSIVE = {
     "resnet53": _deep_third(7, steps=3),
     "resnet65": _deep_third(11, steps=2),
 }
-# Sec. 4.2. DRNN names none for AIG: 0.7 and 0.5 are ours, after Veit and Belongie (2018).
+# Sec. 4.2. DRNN names none for AIG: these are the t of Veit and Belongie (2018) whose multiply-adds
+# are nearest to Table 2's, 3.15 and 5.11 billion.
 IMAGENET_TARGETS = {"dr_resnet35": 0.8, "aig_resnet50": 0.7, "aig_resnet101": 0.5}
+# Cells of AIG whose target is not t, by their schedules: those with 1 are to be executed always.
+AIG_TARGETS: dict[str, dict[int, float]] = {
+    "aig_resnet50": {0: 1.0, 1: 1.0, 2: 0.8, 3: 1.0, 7: 1.0, 13: 1.0, 14: 0.7, 15: 1.0},
+    "aig_resnet101": dict.fromkeys(range(8), 1.0),
+}
 
 MODELS: dict[str, Callable[..., Network]] = {}
 for _kind, _prefix in PREFIXES.items():
@@ -237,3 +270,6 @@ for _kind, _prefix in PREFIXES.items():
         _name = _prefix + _name
         _target = IMAGENET_TARGETS.get(_name, 0.7)
         MODELS[_name] = partial(_on_imagenet, _name, _layout, _kind, _target)
+MODELS["preact_resnet110"] = partial(
+    _on_cifar, "preact_resnet110", _static(18, 18, 18), "static", PRE_ACTIVATION
+)
