@@ -7,10 +7,17 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Role = Literal["shared", "tied", "gate", "norm", "rest"]
 TaskName = Literal["classification", "denoising"]
@@ -24,6 +31,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
+        annotation = cls.model_fields[field.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("true and false are no value of this key")
+        return value
+
+    def _refuse_idle(self, names: str, because: str) -> None:
+        """Raises ValueError where a key that has no effect here is not at its default."""
+        for name in names.split():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name}={value} with {because} has no effect: leave it out")
 
 
 class Augmentation(_Section):
@@ -55,6 +77,10 @@ class Augmentation(_Section):
                 raise ValueError(f"{name}=({low}, {high}) must be 0 < low <= high")
         if self.scale[1] > 1:
             raise ValueError(f"scale={self.scale}: shares of an image's area are at most 1")
+        if self.crop != "pad":
+            self._refuse_idle("padding", f"crop={self.crop}")
+        if self.crop != "random_resized":
+            self._refuse_idle("scale ratio", f"crop={self.crop}")
         return self
 
 
@@ -126,6 +152,7 @@ class Optimizer(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
+        self._refuse_idle("betas" if self.name == "sgd" else "momentum", f"name={self.name}")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError(
                 f"nesterov=true needs name=sgd and momentum > 0, and here are name={self.name} and "
@@ -158,6 +185,10 @@ class Schedule(_Section):
                 f"every_steps={self.every_steps} with name={self.name}: name=staircase needs "
                 "every_steps, the others take none"
             )
+        if self.name not in ("step", "staircase"):
+            self._refuse_idle("gamma", f"name={self.name}")
+        if self.name != "one_cycle":
+            self._refuse_idle("peak", f"name={self.name}")
         if list(self.milestones) != sorted({m for m in self.milestones if m > 0}):
             raise ValueError(f"milestones={list(self.milestones)} must increase from above 0")
         if self.name == "one_cycle" and self.warmup_epochs:
@@ -221,6 +252,10 @@ class Scorer(_Section):
             )
         if self.k < 1:
             raise ValueError(f"k={self.k} keeps no unit: give 1 or more")
+        if self.name not in ("gumbel", "straight_through"):
+            self._refuse_idle("temperature", f"name={self.name}")
+        if self.name != "top_k":
+            self._refuse_idle("k", f"name={self.name}")
         return self
 
 

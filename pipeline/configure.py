@@ -31,7 +31,7 @@ def build(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
 def read(path: Path, overrides: Iterable[str] = ()) -> Config:
     """A configuration from a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
@@ -43,6 +43,19 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
         if overrides:
             raise  # the key that it names may be one of theirs
         raise ConfigError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice: keep one", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,16 @@ REFUSED = {
         "schedule={name: step, milestones: [-1, 1]}",
         ["milestones=[-1.0, 1.0]", "above 0"],
     ),
+    "truth for a number": ("train.epochs=true", ["train.epochs=True", "no value of this key"]),
+    "truth for a rate": ("optimizer.lr=false", ["optimizer.lr=False", "no value of this key"]),
+    "padding without crops": ("data.augment.padding=2", ["padding=2 with crop=none", "leave it"]),
+    "areas without crops": ("data.augment.scale=[0.5, 1]", ["scale=(0.5, 1.0) with crop=none"]),
+    "betas of SGD": ("optimizer.betas=[0.5, 0.9]", ["betas=(0.5, 0.9) with name=sgd"]),
+    "momentum of Adam": ("optimizer={name: adam, momentum: 0.5}", ["momentum=0.5 with name=adam"]),
+    "gamma of no step": ("schedule.gamma=0.2", ["gamma=0.2 with name=constant"]),
+    "peak of no cycle": ("schedule={name: cosine, peak: 0.2}", ["peak=0.2 with name=cosine"]),
+    "temperature without noise": ("scorer.temperature=0.5", ["temperature=0.5 with name=softmax"]),
+    "k of softmax": ("scorer.k=2", ["k=2 with name=softmax", "no effect"]),
     "unknown role": ("optimizer.groups.gates.lr_factor=1", ["gates", "'gate'"]),
     "text for a number": ("train.epochs=many", ["train.epochs='many'", "integer"]),
     "fraction for an integer": ("train.batch_size=1.5", ["train.batch_size=1.5", "integer"]),
@@ -193,6 +203,13 @@ def test_a_file_with_a_mistake_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         configure.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text(configure.build(BASE).to_yaml() + "seed: 1\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml: .*the key 'seed' stands twice: keep one"):
+        configure.read(file)
 
 
 def test_a_section_that_is_left_out_can_be_filled_in() -> None:

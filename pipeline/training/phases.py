@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError, Convergence, Phase
+from pipeline.config import Config, ConfigError, Convergence, Loss, Phase
 from pipeline.distributed import World
 from pipeline.models import Network, Output
 from pipeline.models.parts import Selection, freeze_all_but, select
+from pipeline.models.routers import Router
 from pipeline.models.scorers import Scorer
 
 
@@ -19,7 +20,7 @@ def check(model: Network, config: Config) -> None:
 
     Raises:
         ConfigError: a part that it has not, a scorer or a convergence without controllers, a k
-            larger than the pool.
+            larger than the pool, a weight of the execution rate without gates.
     """
     for phase in config.all_phases:
         selection(model, phase)
@@ -27,6 +28,13 @@ def check(model: Network, config: Config) -> None:
         where = f"phase {phase.name!r}: " if config.phases else ""
         if not model.pools:
             _refuse_controllers(own, phase, where)
+        aims = any(m.target is not None for m in model.modules() if isinstance(m, Router))
+        weight = own.loss.execution_rate
+        if not aims and weight != Loss().execution_rate:
+            raise ConfigError(
+                f"{where}loss.execution_rate={weight:g} with model={config.model}, which has no "
+                "gates: leave it out, or take a network with gates (dr_*, aig_*)"
+            )
         smallest = min((len(pool.units) for pool in model.pools), default=own.scorer.k)
         if own.scorer.name == "top_k" and own.scorer.k > smallest:
             raise ConfigError(
