@@ -56,6 +56,7 @@ def train(
         from pipeline.config import ConfigError
         from pipeline.distributed import World
         from pipeline.run_directory import RunDirectory
+        from pipeline.training import initial
         from pipeline.training.plan import plan
 
     console.configure(quiet)
@@ -83,6 +84,8 @@ def train(
         )
     planned = plan(config, max(nproc, world.world_size))
     if dry_run:
+        if not RunDirectory(run_dir).exists:
+            initial.check(config, len(planned.manifest.classes))
         if world.is_main and not quiet:
             click.echo(describe.plan(planned))
         click.echo(config.to_yaml(), nl=False)

@@ -275,6 +275,7 @@ def next_steps(run: Path) -> str:
     return "\n".join(
         [
             f"report:      {run / 'report.html'}",
+            f"weights:     {run / 'weights.safetensors'} (of the best evaluation)",
             f"evaluate:    reprise eval {run}",
             f"compare:     reprise ui --runs {run.parent}",
         ]

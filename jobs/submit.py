@@ -87,15 +87,15 @@ def check(config: Config, run: Path, request: Request) -> Plan:
     """
     from pipeline import tracking
     from pipeline.data.shards import ShardSet
-    from pipeline.training.initial import start_from
-    from pipeline.training.plan import build_model, plan
+    from pipeline.training import initial
+    from pipeline.training.plan import plan
 
     _check_request(request)
     planned = plan(config, request.world_size)
     for split in planned.manifest.splits.values():
         ShardSet(planned.manifest, split).close()
-    if config.init_from and not RunDirectory(run).exists:
-        start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
+    if not RunDirectory(run).exists:
+        initial.check(config, len(planned.manifest.classes))
     tracking.store_uri()
     check_shared(request.profile, run, config.data.path)
     _check_disk(planned, run)

@@ -112,7 +112,7 @@ class Evaluate:
                 )
             fewer = None if steps == model.steps_taken(None) else steps
             folder = directory.evaluation_of(
-                manifest, self.data, split=self.split, fewer_steps=fewer
+                manifest, self.data, split=self.split, fewer_steps=fewer, best=self.best
             )
             if world.is_main:
                 evaluation.save(folder, summary, samples)
@@ -181,19 +181,18 @@ class Consolidate:
     def __call__(self) -> tuple[Summary, Summary, float, Path]:
         """Before and after, the largest angle between tied weights, and the directory made."""
         from pipeline.run_directory import RunDirectory
-        from pipeline.training import consolidation, restore
+        from pipeline.training import consolidation
 
         shared = consolidation.shared(RunDirectory(self.run).read_config())
         opened = _Trained.open(self.run)
         opened.alone()
         angle = consolidation.angle_of(opened.model)
         made = consolidation.network(shared, len(opened.manifest.classes), opened.model)
-        identity = restore.identity(shared, opened.manifest)
         written = consolidation.write(
             opened.directory,
             shared,
             made,
-            identity,
+            opened.manifest,
             progress=opened.checkpoint.load("rank-00000")["progress"],
             angle=angle,
         )

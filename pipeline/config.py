@@ -114,11 +114,14 @@ class Data(_Section):
 
 
 class InitFrom(_Section):
-    """Weights of a static network that a new run starts from."""
+    """Weights that a new run starts from: of the same network, or of its static form."""
 
     path: Path = Field(description="a finished run, its weights.safetensors, or torchvision's .pth")
     recursive: Literal["mean", "first"] = Field(
         default="mean", description="of the cells that a recursive cell replaces"
+    )
+    classifier: Literal["copied", "fresh"] = Field(
+        default="copied", description="fresh: as from scratch, for other classes"
     )
 
 

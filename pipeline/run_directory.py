@@ -18,6 +18,9 @@ from pipeline.config import Config, ConfigError
 CONFIG = "config.yaml"
 
 
+BEST = "-best"  # ends the name of an evaluation of the best checkpoint
+
+
 class RunDirectoryInUse(ValueError):
     """Another process owns the run directory."""
 
@@ -54,14 +57,17 @@ class RunDirectory:
         *,
         split: str | None = None,
         fewer_steps: int | None = None,
+        best: bool = False,
     ) -> Path:
         """Where the evaluation on a shard set's split, None: its evaluation split, is kept.
 
         A set `other` than the run's own is known by its path: two sets may have one name.
-        `fewer_steps` than the largest number have a place of their own.
+        `fewer_steps` than the largest number have a place of their own, and so has the `best`
+        checkpoint.
         """
         name = manifest.name if other is None else "-".join(other.parts).strip("-./")
         suffix = "" if fewer_steps is None else f"-{fewer_steps}-steps"
+        suffix += BEST if best else ""
         split = split or manifest.evaluation.name
         return self.evaluation / f"{name.replace('/', '')}-{split}{suffix}"
 

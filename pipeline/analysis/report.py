@@ -23,7 +23,7 @@ from pipeline.analysis import (
 )
 from pipeline.analysis.contents import Run
 from pipeline.config import Config
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import BEST, RunDirectory
 from pipeline.tasks.classification import Samples
 
 # Where a run's files are and how fast they are read does not decide what it learns.
@@ -126,7 +126,7 @@ def _gap(run: Run) -> list[tuple[str, float, float]]:
     return [
         (name, summary.results["top1"], own[1].results["top1"] - summary.results["top1"])
         for name, summary in others
-        if summary.step_choice == own[1].step_choice
+        if summary.step_choice == own[1].step_choice and not name.endswith(BEST)
     ]
 
 

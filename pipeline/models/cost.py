@@ -105,7 +105,8 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
     number asked of a cost-adjustable network; None takes the largest.
 
     Raises:
-        ValueError: a number of steps that the network was not built for.
+        ValueError: a number of steps that the network was not built for; cells whose routes have
+            other names than their modules.
     """
     size = image_size or model.image_size
     shadow = copy.deepcopy(model).to_empty(device="cpu").eval()
@@ -126,7 +127,12 @@ def measure(model: Network, image_size: int | None = None, steps: int | None = N
             for pool in shadow.pools
             for number, unit in enumerate(pool.units)
         }
-        shadow(torch.zeros(1, model.channels, size, size), steps)
+        routes = shadow(torch.zeros(1, model.channels, size, size), steps).routes
+    if named := {route.cell for route in routes} ^ {*recursive, *units}:
+        raise ValueError(
+            f"cells of {type(model).__name__} are not named as the modules that they are: "
+            f"{', '.join(sorted(named))}; give RecursiveCell and Pool their dotted module names"
+        )
     cells = {
         name: CellCost(
             per_step=(

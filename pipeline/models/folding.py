@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.models.network import Network
 from pipeline.models.norms import NormBank
 from pipeline.models.pool import Pool
+from pipeline.models.routers import Router
 from pipeline.models.sharing import RelaxedConv
 from pipeline.models.stage import RecursiveCell, Stage
 
@@ -31,12 +32,14 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     the static network has not, stay as they are. As there are floor((cells - 1) / steps) recursive
     cells (Sec. 4.1), the last cells of a stage may be left over, fewer than a cell has steps.
 
+    The weights of the same network, its routers' or not, are taken as they are.
+
     A pool takes the blocks of a static stage as its units, the norms of all iterations alike
     (ReSet Sec. 5.1); from a network with controllers it takes everything.
 
     Args:
         saved: state of a network of the same family whose cells are all used once, or of the same
-            network with pools.
+            network.
 
     Raises:
         ValueError: names or shapes that do not fit; the message has them.
@@ -44,13 +47,10 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     own = model.state_dict()
     sources: dict[str, list[str]] = {name: [name] for name in own}
     spare: set[str] = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, Stage):
-            _fold_stage(prefix, module, saved, sources, spare)
-        elif isinstance(module, Pool) and not any(
-            name.startswith(f"{prefix}.controller.") for name in saved
-        ):
-            _fill_pool(prefix, module, sources)
+    if _is_of(model, saved):
+        sources |= {name: [] for name in own.keys() - saved.keys()}
+    else:
+        _fold_modules(model, saved, sources, spare)
     used = {name for names in sources.values() for name in names}
     odd = [f"{name} (missing)" for name in used - saved.keys()]
     odd += [f"{name} (unknown)" for name in saved.keys() - used - spare]
@@ -63,7 +63,8 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
     if odd:
         more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
         raise ValueError(
-            f"not the weights of this network's static form: {', '.join(sorted(odd)[:SHOWN])}{more}"
+            "not the weights of this network or of its static form: "
+            f"{', '.join(sorted(odd)[:SHOWN])}{more}"
         )
     folded = {
         name: _combined([saved[source] for source in names], how)
@@ -71,6 +72,34 @@ def fold(saved: Mapping[str, Tensor], model: Network, how: Fold) -> dict[str, Te
         if names
     }
     return own | folded
+
+
+def _is_of(model: Network, saved: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of this very network, with or without those of its routers."""
+    own = set(model.state_dict())
+    routers = {
+        name
+        for prefix, module in model.named_modules()
+        if isinstance(module, Router)
+        for name in module.state_dict(prefix=f"{prefix}.")
+    }
+    return own - routers <= saved.keys() <= own
+
+
+def _fold_modules(
+    model: Network,
+    saved: Mapping[str, Tensor],
+    sources: dict[str, list[str]],
+    spare: set[str],
+) -> None:
+    """Enter in `sources` what each tensor is made of, in `spare` what is left over."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, Stage):
+            _fold_stage(prefix, module, saved, sources, spare)
+        elif isinstance(module, Pool) and not any(
+            name.startswith(f"{prefix}.controller.") for name in saved
+        ):
+            _fill_pool(prefix, module, sources)
 
 
 def _fold_stage(

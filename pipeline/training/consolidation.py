@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.files import write_atomically
+from data_prep.manifest import Manifest
+from pipeline import exported
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import World
 from pipeline.models import Network
@@ -24,6 +25,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.plan import build_model
 from pipeline.training.relaxation import SAFE_ANGLE
+from pipeline.training.restore import identity
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def write(
     run: RunDirectory,
     config: Config,
     model: Network,
-    identity: Mapping[str, Any],
+    manifest: Manifest,
     *,
     progress: Mapping[str, Any],
     angle: float,
@@ -93,9 +95,9 @@ def write(
     record = {"step": step, "largest_angle_degrees": angle}
     write_atomically(aside.consolidation, json.dumps(record).encode())
     weights: dict[str, Tensor] = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-    states = {"model": weights, "identity": {**identity, "config": config.flat()}}
+    states = {"model": weights, "identity": {**identity(config, manifest), "config": config.flat()}}
     CheckpointStore(aside.checkpoints, World(), 1).save(step, states, {"progress": progress})
-    save_file(weights, aside.weights, metadata={"step": str(step)})
+    exported.save(aside.weights, weights, config, manifest, step)
     shutil.rmtree(run.consolidated.path, ignore_errors=True)
     aside.path.rename(run.consolidated.path)
     return run.consolidated

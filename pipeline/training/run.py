@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
-from pipeline import tasks
+from pipeline import exported, tasks
 from pipeline.config import Config, ConfigError
 from pipeline.data import Loader, Noise, eval_loader, train_loader
 from pipeline.distributed import World
@@ -22,11 +21,10 @@ from pipeline.models import Network
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
-from pipeline.training import checkpoint, compiling, consolidation, schedules
+from pipeline.training import checkpoint, compiling, consolidation, initial, schedules
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import DTYPES, Engine, has_kernels
-from pipeline.training.initial import start_from
 from pipeline.training.optim import scaled
 from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
@@ -68,9 +66,9 @@ def run(
     try:
         planned = plan(config, world.world_size)
         compiling.check(config, world)
-        if config.init_from and not directory.exists:
+        if not directory.exists:
             # Refused before a directory belongs to a run that cannot start.
-            start_from(config.init_from, build_model(config, len(planned.manifest.classes)))
+            initial.check(config, len(planned.manifest.classes))
         with _owned(directory, config, world):
             on_owned(planned)
             outcome = _run_owned(planned, directory, world, display, stop_requested, stop_after)
@@ -97,7 +95,7 @@ def _run_owned(
         if outcome is Outcome.FINISHED and not _is_consolidated(planned, trainer, directory):
             _consolidate(planned, trainer, directory, tracker)
         if world.is_main and outcome is Outcome.FINISHED:
-            _hand_over(trainer.store, directory, tracker)
+            _hand_over(planned, trainer.store, directory, tracker)
         status = "FINISHED" if outcome is Outcome.FINISHED else "KILLED"
         return outcome
     finally:
@@ -123,7 +121,7 @@ def _build(
     newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))
     if newest is None and config.init_from:
-        start_from(config.init_from, model)
+        initial.start_from(config.init_from, model)
     model = model.to(world.device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     seed_everything(config.seed, world)
@@ -271,7 +269,7 @@ def _consolidate(
             directory,
             config,
             made,
-            trainer.identity,
+            manifest,
             progress=trainer.progress.state_dict(),
             angle=angle,
         )
@@ -290,7 +288,7 @@ def _consolidate(
 
 
 def _hand_over(
-    store: CheckpointStore, directory: RunDirectory, tracker: Tracker | Untracked
+    planned: Plan, store: CheckpointStore, directory: RunDirectory, tracker: Tracker | Untracked
 ) -> None:
     """Give the tracker what a reader of the run will want: report and best weights."""
     from pipeline.analysis import report
@@ -298,8 +296,8 @@ def _hand_over(
     report.write(directory)
     tracker.artifact(directory.report)
     best = checkpoint.find(store.folder, best=True)
-    weights = {name: value.contiguous() for name, value in evaluated_weights(best).items()}
-    save_file(weights, directory.weights, metadata={"step": str(best.step)})
+    weights = evaluated_weights(best)
+    exported.save(directory.weights, weights, planned.config, planned.manifest, best.step)
     tracker.artifact(directory.weights)
 
 

@@ -170,6 +170,24 @@ def test_a_run_keeps_its_configuration(reprise, finished: Path, recipe: Path) ->
     assert sorted(finished.rglob("*")) == before
 
 
+def test_the_best_checkpoint_has_an_evaluation_of_its_own(reprise, finished: Path) -> None:
+    own = {path.name for path in (finished / "evaluation").iterdir()}
+    shown = reprise("eval", finished, "--best", "--quiet")
+    assert shown.out.rstrip().endswith("-test-best")
+    assert {path.name for path in (finished / "evaluation").iterdir()} > own
+    page = reprise("report", finished)
+    assert page.code == 0
+    text = (finished / "report.html").read_text()
+    assert "-test-best" in text
+    assert "Gap to" not in text
+
+
+def test_a_dry_run_asks_for_the_weights_to_start_from(reprise, recipe: Path) -> None:
+    refused = reprise("train", recipe, "init_from.path=runs/nowhere", "--dry-run")
+    assert refused.code == 2
+    assert "init_from.path=runs/nowhere: there is no" in refused.err
+
+
 def test_a_run_does_not_stop_before_where_it_is(reprise, finished: Path) -> None:
     refused = reprise("train", finished, "--stop-after", "1")
     assert refused.code == 2

@@ -110,6 +110,15 @@ def test_the_stride_may_stand_on_the_3x3_convolution():
     assert second.nominal / 1e9 == pytest.approx(4.089, abs=1e-3)  # torchvision's "v1.5"
 
 
+def test_a_cell_under_a_wrong_name_is_refused():
+    model = create_model("dr_resnet16")
+    model.stages[1][1].name = "loop"
+    with pytest.raises(
+        ValueError, match=r"not named as the modules .* loop, stages\.1\.1; give Recur"
+    ):
+        measure(model)
+
+
 def test_what_skipped_samples_cost_an_adaptive_network():
     """A skipped cell still projects its shortcut, and its gate was asked."""
     cost = _measure("aig_resnet50")

@@ -105,6 +105,22 @@ def test_a_static_network_takes_its_own_weights():
     assert all(torch.equal(found[name], value) for name, value in saved.items())
 
 
+@pytest.mark.parametrize("name", ["dr_resnet16", "r_resnet32", "dr_mobilenet_v2", "rc_r4"])
+def test_a_network_takes_its_own_weights_as_they_are(name):
+    saved = _saved(name)
+    found = fold(saved, create_model(name), "mean")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], saved[key]) for key in saved)
+
+
+def test_gates_can_be_added_to_a_recursive_network():
+    saved = _saved("r_resnet16")
+    model = create_model("dr_resnet16")
+    found = fold(saved, model, "mean")
+    for key, value in model.state_dict().items():
+        assert torch.equal(found[key], value if ".router." in key else saved[key]), key
+
+
 def test_only_fewer_cells_than_a_cell_has_steps_may_be_left_over():
     """Sec. 4.1: there are floor((cells - 1) / steps) recursive cells."""
     saved = _saved("resnet56")  # nine cells a stage: one, and two runs of four
@@ -137,9 +153,10 @@ def test_only_fewer_cells_than_a_cell_has_steps_may_be_left_over():
             r"classifier.bias \(10,\) instead of \(4,\), classifier.weight \(10, 64\) instead",
         ),
         ("aig_resnet20", "dr_resnet16", {}, r"stages.0.0.router.hidden.bias \(unknown\).* more$"),
-        ("dr_resnet16", "dr_resnet16", {}, r"stages.1.1.cell.norm1.norms.1.bias \(unknown\)"),
+        ("dr_resnet16", "r_resnet16", {}, r"stages.1.1.cell.norm1.norms.1.bias \(unknown\)"),
     ],
 )
 def test_other_weights_are_refused_by_name(static, name, options, named):
-    with pytest.raises(ValueError, match=f"not the weights of this network's static form: {named}"):
+    refusal = f"not the weights of this network or of its static form: {named}"
+    with pytest.raises(ValueError, match=refusal):
         fold(_saved(static), create_model(name, **options), "mean")

@@ -49,6 +49,19 @@ def test_a_new_run_starts_from_a_static_network(
             torch.testing.assert_close(value, expected[name], atol=1e-20, rtol=0)
 
 
+def test_a_network_for_other_classes_keeps_its_own_classifier(tiny: Tiny, weights: Path) -> None:
+    model = create_model("dr_resnet16", num_classes=7)
+    own = model.state_dict()
+    init = tiny.config(**{"init_from.path": weights}).init_from
+    with pytest.raises(ConfigError, match=r"4, 64\) instead of \(7, .*init_from.classifier=fresh"):
+        start_from(init, model)
+    fresh = tiny.config(**{"init_from.path": weights, "init_from.classifier": "fresh"}).init_from
+    start_from(fresh, model)
+    now = model.state_dict()
+    assert torch.equal(now["classifier.weight"], own["classifier.weight"])
+    assert torch.equal(now["stem.weight"], load_file(weights)["stem.weight"])
+
+
 @pytest.mark.usefixtures("journal_only")
 def test_a_resumed_run_does_not_start_again(tiny: Tiny, weights: Path, tmp_path: Path) -> None:
     whole = tiny.config(**{"init_from.path": weights, "train.zero_stage": 1})
@@ -66,7 +79,7 @@ def test_weights_that_cannot_be_used_leave_no_run_behind(
 ) -> None:
     cases = {
         str(tmp_path / "nowhere"): "init_from.path=.*nowhere: there is no .*: give a finished run",
-        str(weights): r"not the weights of this network's static form: .*conv1.weight \(missing\)",
+        str(weights): r"not the weights of this network or of its .*: .*conv1.weight \(missing\)",
     }
     for path, message in cases.items():
         config = tiny.config(model="dr_resnet32", **{"init_from.path": path})
