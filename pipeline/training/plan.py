@@ -134,16 +134,24 @@ def build_model(config: Config, classes: int) -> Network:
     """The network, its initial weights decided by the seed alone.
 
     Raises:
-        ConfigError: an unknown model or option, or a combination that makes no sense.
+        ConfigError: an unknown model or option, a combination that makes no sense, or a parameter
+            that cannot be trained here.
     """
     if "num_classes" in config.model_options:
         raise ConfigError("model_options.num_classes comes from the shard set: remove it")
     counted = {} if config.task == DENOISING else {"num_classes": classes}
     torch.manual_seed(config.seed)
     try:
-        return create_model(config.model, **counted, **config.model_options)
+        model = create_model(config.model, **counted, **config.model_options)
     except ValueError as error:
         raise ConfigError(f"model={config.model}: {error}") from None
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(
+                f"model={config.model}: the parameter {name} has no dimensions, and DeepSpeed "
+                "cannot send it from rank to rank: give it the shape (1,)"
+            )
+    return model
 
 
 def _batch_plan(config: Config, manifest: Manifest, world: World) -> BatchPlan:
