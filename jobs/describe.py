@@ -81,8 +81,20 @@ def plan(planned: Plan) -> str:
                 if steps is not None
             ),
             table_of(rows, heads),
+            *_cut_unscaled(config, manifest),
         ]
     )
+
+
+def _cut_unscaled(config: Config, manifest: Manifest) -> list[str]:
+    """A remark where crops for small images would see a corner of large ones."""
+    augment, smallest = config.data.augment, min(manifest.image_size[0], manifest.image_size[2])
+    if augment.crop != "pad" or smallest <= 2 * augment.size:
+        return []
+    return [
+        f"note: crop=pad cuts {augment.size} pixels out of images of {smallest} pixels and more, "
+        "unscaled: with data.augment.crop=random_resized the whole image counts"
+    ]
 
 
 def _schedule(config: Config) -> str:

@@ -45,7 +45,9 @@ class _Section(BaseModel):
         for name in names.split():
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:
-                raise ValueError(f"{name}={value} with {because} has no effect: leave it out")
+                raise ValueError(
+                    f"{name}={value} with {because} has no effect: leave it out, or at {default}"
+                )
 
 
 class Augmentation(_Section):

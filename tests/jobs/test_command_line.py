@@ -159,6 +159,12 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_
     assert reprise("train", "again.yaml", "--dry-run").out == answer.out
 
 
+def test_large_images_in_a_recipe_for_small_ones_are_remarked_on(reprise, recipe: Path) -> None:
+    assert "note:" not in reprise("train", recipe, "--dry-run").out
+    small = reprise("train", recipe, "data.augment.size=8", "--dry-run").out
+    assert "note: crop=pad cuts 8 pixels out of images of 32 pixels and more, unscaled" in small
+
+
 def test_a_run_keeps_its_configuration(reprise, finished: Path, recipe: Path) -> None:
     before = sorted(finished.rglob("*"))
     answer = reprise("train", finished, "seed=1")
