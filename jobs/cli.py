@@ -280,7 +280,7 @@ def ui(port: int, runs: Path) -> None:
     click.echo("starting MLflow")
 
     def ready() -> None:
-        click.echo(f"open http://127.0.0.1:{port} (Ctrl-C ends it)")
+        click.echo(f"open {mlflow_page.address(port, runs)} (Ctrl-C ends it)")
 
     raise click.exceptions.Exit(mlflow_page.serve(command, port, ready))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 REPLAY_SECONDS = 10.0  # for each run that is not wholly at the store yet
+LOADING_SECONDS = 60.0  # of a server that listens already and cannot answer yet
 # Eight processes more, with 1.4 GB, that judge what language models say.
 _WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -36,6 +40,32 @@ def _has_begun(path: Path) -> bool:
     from pipeline.tracking import journal
 
     return any("params" not in record for record, _ in journal.read(path) if record)
+
+
+def address(port: int, runs: Path) -> str:
+    """Of the table of these runs on the server at this port, or of its first page where there are
+    none, or runs of several experiments.
+    """
+    from jobs.runs import directories
+    from pipeline.tracking.journal import Identity
+
+    server = f"http://127.0.0.1:{port}"
+    found = {
+        identity.experiment
+        for run in directories(runs)
+        if (identity := Identity.load(run)) is not None
+    }
+    if len(found) != 1:
+        return server
+    query = urllib.parse.urlencode({"experiment_name": found.pop()})
+    try:
+        with urllib.request.urlopen(
+            f"{server}/api/2.0/mlflow/experiments/get-by-name?{query}", timeout=LOADING_SECONDS
+        ) as answer:
+            number = json.load(answer)["experiment"]["experiment_id"]
+    except (OSError, ValueError, KeyError):
+        return server  # the page is there all the same
+    return f"{server}/#/experiments/{number}/runs"
 
 
 def serve(command: list[str], port: int, ready: Callable[[], None]) -> int:

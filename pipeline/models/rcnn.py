@@ -42,7 +42,7 @@ class RCNN(Network):
             for _ in range(2)
         )
         self.classifier = nn.Linear(channels, num_classes)
-        nn.init.kaiming_normal_(self.stem.weight, nonlinearity="relu")
+        nn.init.normal_(self.classifier.weight, std=0.01)
 
     def forward(self, images: Tensor, steps: int | None = None) -> Output:
         """images (N, 3, H, W), of any size that the poolings leave a pixel of."""

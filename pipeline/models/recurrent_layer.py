@@ -21,10 +21,10 @@ class RecurrentLayer(nn.Module):
         self.neighbours = channels // 8 + 1
         self.feedforward = nn.Conv2d(channels, channels, 3, padding=1)
         self.recurrent = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        # A state is the sum of two convolutions: with half of He's variance each it is as large as
-        # the input, at every iteration. (Ours.)
+        # A state is the sum of two convolutions, which would want half of He's variance each, and
+        # the maxima and the dropout between the layers make states larger still. (Ours.)
         for conv in (self.feedforward, self.recurrent):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+            nn.init.normal_(conv.weight, std=0.5 / (9 * channels) ** 0.5)
 
     def forward(self, u: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, H, W): the last state."""

@@ -110,7 +110,7 @@ def cifar10(model: str, suffix: str = "", options: dict[str, Any] | None = None)
     RCNN has no batch norm, and at that rate it diverges: its rate and its clipping are ours.
     """
     gated = model.startswith(("dr_", "aig_"))
-    rate: dict[str, Any] = {"lr": 0.01, "clip_norm": 1.0} if model == "rcnn160" else {"lr": 0.1}
+    rate: dict[str, Any] = {"lr": 0.03, "clip_norm": 1.0} if model == "rcnn160" else {"lr": 0.1}
     return Config(
         name=f"drnn/cifar10/{model}{suffix}",
         model=model,

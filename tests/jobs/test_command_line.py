@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -425,6 +426,28 @@ def test_the_ui_serves_and_leaves_no_process(tmp_path: Path, stop: signal.Signal
         answer = ended(process)
     assert answer.returncode == 130
     assert "GET /" not in answer.stdout + answer.stderr  # a line for each picture of each page
+
+
+def test_the_ui_leads_to_the_runs(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    shutil.copy(finished.parent / "mlflow.db", tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started("ui", "--port", port, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        said = ""
+        while not said.startswith("open "):
+            said = process.stdout.readline()
+            assert said, process.communicate()
+        number = re.fullmatch(
+            rf"open http://127.0.0.1:{port}/#/experiments/(\d+)/runs \(.*\)\n", said
+        )
+        assert number, said
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id={number[1]}"
+        ) as answer:
+            assert json.load(answer)["experiment"]["name"] == "reprise"
 
 
 def test_the_address_is_said_once_the_server_answers() -> None:
