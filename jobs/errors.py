@@ -29,25 +29,27 @@ class Exit(enum.IntEnum):
 
 def guarded(work: Callable[[], int]) -> int:
     """Run the work; an error becomes one line (and its status), a bug of ours a traceback."""
+    return judged(work)[0]
+
+
+def judged(work: Callable[[], int]) -> tuple[int, str]:
+    """As `guarded`; the status, and the line that says why."""
     try:
-        return work()
+        return work(), ""
     except KeyboardInterrupt:
-        return Exit.INTERRUPTED
+        return Exit.INTERRUPTED, ""
     except Exception as error:
         if type(error).__name__ == "NonFiniteLoss":
-            _say(error)
-            return Exit.NON_FINITE
+            return Exit.NON_FINITE, _say(error)
         if is_for_user(error):
-            _say(error)
-            return Exit.USER_ERROR
+            return Exit.USER_ERROR, _say(error)
         if is_lost_rank(error):
-            _say(
+            return Exit.RANK_LOST, _say(
                 "the connection to another rank broke; that rank says why, and the same command "
                 f"resumes the run ({str(error)[:200]})"
             )
-            return Exit.RANK_LOST
         log.error("this is a bug of Reprise:\n%s", traceback.format_exc())
-        return Exit.BUG
+        return Exit.BUG, " ".join("".join(traceback.format_exception_only(error)).split())
 
 
 def is_for_user(error: Exception) -> bool:
@@ -73,10 +75,11 @@ def _raised_in(error: Exception) -> str:
     return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
-def _say(error: Exception | str) -> None:
+def _say(error: Exception | str) -> str:
     text = " ".join(str(error).split())
     if logging.getLogger().handlers:
         alike = type(error).__name__ in _OF_ALL_RANKS
         log.error("error: %s", text, extra={"of_all_ranks": alike})
     else:
         print(f"error: {text}", file=sys.stderr)
+    return text

@@ -11,6 +11,8 @@ from data_prep.files import write_atomically
 
 FILE = "job.json"
 SAME_STEP = 3  # failures without a step between them, after which a job is not queued again
+# Stops alike. A stop saves the step that it met, so these met none; but others' jobs may be why.
+SAME_STOP = 5
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -21,11 +23,15 @@ class Failure:
     job: str
     step: int
     status: int
+    said: str = ""  # by the rank that failed
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job of a run; `stopped` says why it will not be queued again."""
+    """The job of a run; `stopped` says why it will not be queued again.
+
+    `stops` has the step where the next start would begin, once for each that was stopped there.
+    """
 
     cluster: str
     id: str
@@ -34,6 +40,7 @@ class Job:
     minutes: int
     host: str
     failures: tuple[Failure, ...] = ()
+    stops: tuple[int, ...] = ()
     stopped: str | None = None
 
     @classmethod
@@ -44,19 +51,36 @@ class Job:
         except FileNotFoundError:
             return None
         values["failures"] = tuple(Failure(**failure) for failure in values["failures"])
+        values["stops"] = tuple(values.get("stops", ()))
         return cls(**values)
 
     def save(self, run: Path) -> None:
         write_atomically(run / FILE, json.dumps(asdict(self), indent=1).encode())
 
-    def failed(self, step: int, status: int) -> Job:
+    @property
+    def ranks(self) -> int:
+        return self.nodes * max(1, self.gpus_per_node)
+
+    def failed(self, step: int, status: int, said: str = "") -> Job:
         """With one failure more; stopped, if it is the last one allowed."""
-        failures = (*self.failures, Failure(self.id, step, status))
+        failures = (*self.failures, Failure(self.id, step, status, said))
         alike = [failure for failure in failures[-SAME_STEP:] if failure.step == step]
         reason = None
         if len(alike) == SAME_STEP:
             reason = f"failed {SAME_STEP} times at step {step}, last with status {status}"
+            reason += f" ({said})" if said else ""
         return replace(self, failures=failures, stopped=reason)
+
+    def halted(self, step: int) -> Job:
+        """With one stop by a signal more; stopped for good, if it is the last one allowed."""
+        stops = (*(one for one in self.stops if one == step), step)
+        reason = None
+        if len(stops) == SAME_STOP:
+            reason = (
+                f"stopped {SAME_STOP} times at step {step} before a new checkpoint: give a longer "
+                "time limit, or a partition whose jobs are not preempted"
+            )
+        return replace(self, stops=stops, stopped=reason)
 
 
 def saved_steps(run: Path) -> set[int]:

@@ -13,8 +13,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import console, describe, stopping
-from jobs.errors import Exit, guarded
+from jobs import console, describe, endings, stopping
+from jobs.errors import Exit, judged
 from pipeline.loading import end_quickly, loading
 from pipeline.signals import STOPS, withheld
 
@@ -40,7 +40,9 @@ class Train:
         """The exit status: 0 finished, `Exit.INTERRUPTED` stopped with a checkpoint."""
         end_quickly()
         with stopping.noted() as stop:
-            return guarded(lambda: self._train(stop))
+            status, said = judged(lambda: self._train(stop))
+            endings.leave(self.run, status, said)
+            return status
 
     def _train(self, stop: stopping.StopRequest) -> int:
         with loading():

@@ -168,6 +168,22 @@ def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
     assert "broken snapshot" in shown.stdout
 
 
+def test_a_mistake_that_one_rank_meets_while_the_other_is_not_there_yet(submit: Submit) -> None:
+    """srun ends the other one, which does not listen to signals yet, and tells that one's end."""
+    run = submit(cluster=LATER)
+    code = run.run / "code"
+    slow = "\nimport os, time\nif os.environ.get('SLURM_PROCID') == '0': time.sleep(600)\n"
+    wrong = "\nfrom pipeline.config import ConfigError\nraise ConfigError('shards are cut')\n"
+    for module, text in (("jobs/submit.py", slow), ("pipeline/training/run.py", wrong)):
+        (code / module).write_text((code / module).read_text() + text)
+    start(run.job.id)
+    with pytest.raises(AssertionError, match="must be mended"):
+        run.until(lambda: False, "it is given up")
+    assert run.restarts == 0
+    assert run.job.failures == ()
+    assert "disk must be mended (rank 1: shards are cut)" in row(run)
+
+
 @contextlib.contextmanager
 def served(store: Path, port: int) -> Iterator[str]:
     """A team's tracking server as a job of its own, which ends with the block; its address."""

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import clusters, runs, scheduler, submit, supervise, sweep
+from jobs import clusters, endings, runs, scheduler, submit, supervise, sweep
 from jobs.clusters import Profile
+from jobs.endings import Ending
 from jobs.errors import Exit
-from jobs.record import Job
+from jobs.record import SAME_STOP, Job
 from jobs.submit import Request
+from jobs.tasks import Train
 from pipeline import configure
 from pipeline.config import Config, ConfigError
 from pipeline.run_directory import RunDirectory
@@ -126,15 +128,127 @@ def test_which_job_is_queued_again(
     assert (job.stopped is None) == (stopped is None)
 
 
+STATUSES = {
+    "a rank ended by srun has the highest": (
+        137, {1: (2, "shards are cut")}, 2,
+        "status 2: the configuration, its data or the disk must be mended (rank 1: shards are cut)",
+    ),
+    "before it listened": (
+        143, {1: (2, "x")}, 2, "status 2: the configuration, its data or the disk must be mended"
+    ),
+    "the cause, not what follows": (
+        137, {0: (75, "lost"), 1: (4, "nan")}, 4, "status 4: the loss is not finite (rank 1: nan)"
+    ),
+    "a bug beside one that was not there yet": (143, {1: (70, "KeyError: 1")}, 70, None),
+    "a bug, and one that lost it": (137, {0: (75, "lost"), 1: (70, "KeyError: 1")}, 70, None),
+    "killed": (137, {0: (75, "lost")}, 137, None),
+    "lost, and the other one told to end": (143, {0: (75, "lost")}, 75, None),
+    "neither began": (1, {}, 1, None),
+}  # fmt: skip
+
+
+def left(ends: dict[int, tuple[int, str]]) -> dict[int, Ending]:
+    return {rank: Ending("7.0", rank, status, said) for rank, (status, said) in ends.items()}
+
+
+@pytest.mark.parametrize("case", STATUSES)
+def test_what_one_rank_left_goes_before_the_highest_status(tmp_path: Path, case: str) -> None:
+    status, ends, recorded, stopped = STATUSES[case]
+    JOB.save(tmp_path)
+    assert supervise.supervise(status, tmp_path, left(ends)) == (stopped is None)
+    job = Job.load(tmp_path)
+    assert job is not None
+    assert [failure.status for failure in job.failures] == [recorded] * (stopped is None)
+    assert job.stops == ()
+    assert (job.stopped or "").startswith(stopped or "")
+
+
 def test_a_job_is_given_up_only_where_nothing_moves(tmp_path: Path) -> None:
     JOB.save(tmp_path)
     steps = [0, 0, 5, 5, 5]
     for number, step in enumerate(steps):
         (tmp_path / "checkpoints" / f"step-{step:09d}").mkdir(parents=True, exist_ok=True)
-        assert supervise.supervise(137, tmp_path) == (number < len(steps) - 1)
+        again = supervise.supervise(137, tmp_path, left({0: (75, "lost")}))
+        assert again == (number < len(steps) - 1)
     job = Job.load(tmp_path)
     assert job is not None
-    assert job.stopped == "failed 3 times at step 5, last with status 137"
+    assert job.stopped == "failed 3 times at step 5, last with status 137 (rank 1 left no word)"
+
+
+@pytest.mark.parametrize("status", [Exit.INTERRUPTED, 128 + 15])
+def test_a_job_that_is_always_stopped_before_a_step_is_given_up(
+    tmp_path: Path, status: int
+) -> None:
+    """Later than one that fails: another job's preemption is not its fault."""
+    JOB.save(tmp_path)
+    steps = [0] * (SAME_STOP - 1) + list(range(1, 9)) + [8] * (SAME_STOP - 1)
+    for number, step in enumerate(steps):
+        (tmp_path / "checkpoints" / f"step-{step:09d}").mkdir(parents=True, exist_ok=True)
+        again = supervise.supervise(int(status), tmp_path)
+        assert again == (number < len(steps) - 1)
+    job = Job.load(tmp_path)
+    assert job is not None
+    assert job.failures == ()
+    assert job.stops == (8,) * SAME_STOP
+    assert "stopped 5 times at step 8 before a new checkpoint: give a longer" in str(job.stopped)
+
+
+def test_a_rank_leaves_how_it_ended_for_this_start(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing where no scheduler started it, or beside files that are no run's."""
+    run, started = tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1"}
+    task = Train(configure.read(recipe), run, quiet=True)
+    monkeypatch.setattr(Train, "_train", fails)
+    assert task() == Exit.USER_ERROR
+    assert not run.exists()
+    RunDirectory(run).claim(task.config)
+    RunDirectory(run).release()
+    assert task() == Exit.USER_ERROR
+    assert not list(run.glob("logs/*"))
+    for name, text in started.items():
+        monkeypatch.setenv(name, text)
+    assert task() == Exit.USER_ERROR
+    assert endings.read(run, "7.0") == {1: Ending("7.0", 1, 2, "shards are cut: prepare again")}
+    assert endings.read(run, "7.1") == {}
+    assert endings.read(run, "8.0") == {}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(Train, "_train", lambda *_: {}[5])
+    assert task() == Exit.BUG
+    assert endings.read(run, "7.1") == {1: Ending("7.1", 1, 70, "KeyError: 5")}
+    assert endings.read(run, "7.0") == {}
+    (run / "logs" / "rank-0.end.json").write_text("{")
+    assert list(endings.read(run, "7.1")) == [1]
+
+
+def fails(*_: object) -> int:
+    raise OSError("shards are cut:\n prepare again")
+
+
+def test_the_last_line_of_a_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks what the ranks of this start have left, and not those of the one before."""
+    JOB.save(tmp_path)
+    asked: list[tuple[str, ...]] = []
+
+    def insist(*words: str) -> str:
+        asked.append(words)
+        return "RUNNING\n"
+
+    monkeypatch.setattr(scheduler, "insist", insist)
+    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB.id)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    (tmp_path / "logs").mkdir()
+    endings.save(tmp_path, Ending("7.0", 1, 2, "of the start before"))
+    assert supervise.main(137, [str(tmp_path)]) == 137
+    assert asked.pop() == ("scontrol", "requeue", "7")
+    endings.save(tmp_path, Ending("7.1", 0, 2, "no shards"))
+    assert supervise.main(137, [str(tmp_path)]) == 137
+    assert asked.pop()[0] == "squeue"
+    job = Job.load(tmp_path)
+    assert job is not None
+    assert str(job.stopped).endswith("must be mended (rank 0: no shards)")
 
 
 def test_the_members_of_a_sweep() -> None:
