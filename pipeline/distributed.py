@@ -71,8 +71,11 @@ class World:
             atexit.register(_leave)  # NCCL complains of a group that nobody left
             return
         if "SLURM_STEP_NODELIST" in os.environ:
-            os.environ.setdefault("MASTER_ADDR", _host(os.environ))
-            os.environ.setdefault("MASTER_PORT", str(_port(os.environ)))
+            # What is given is not looked for: it is the cure where it would not be found.
+            if "MASTER_ADDR" not in os.environ:
+                os.environ["MASTER_ADDR"] = _host(os.environ)
+            if "MASTER_PORT" not in os.environ:
+                os.environ["MASTER_PORT"] = str(_port(os.environ))
         dist.init_process_group(
             backend, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
         )
