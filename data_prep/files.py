@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock
+
+# What flock says of a file system that has no locks, or that lost the service for them.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -38,6 +45,39 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Lock(FileLock):
+    """A lock that the kernel gives back when its holder dies, however it dies, on whichever host.
+
+    Where a file system has none, filelock would make do with a file, which stays when its holder is
+    killed: whatever it locks could not be had again.
+    """
+
+    def __init__(self, path: Path, *, timeout: float = -1) -> None:
+        super().__init__(path, timeout=timeout, fallback_to_soft=False)
+
+    def acquire(self, *args: Any, **kwargs: Any) -> AcquireReturnProxy:
+        """As of filelock.
+
+        Raises:
+            Timeout: somebody else holds it, for longer than `timeout` seconds.
+            ValueError: the file system has no locks.
+        """
+        file = Path(self.lock_file)
+        new = not file.exists()
+        try:
+            return super().acquire(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if new:
+                file.unlink(missing_ok=True)
+            raise ValueError(
+                f"the file system of {file.parent} has no locks "
+                f"({error.strerror}): have it mounted with them (Lustre: -o flock; NFS: with its "
+                "lock service), or use a folder on another one"
+            ) from None
 
 
 class OpenFiles:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from data_prep.files import sync, write_atomically
+from data_prep.files import Lock, sync, write_atomically
 from data_prep.finish import finish, refuse_empty, summarise
 from data_prep.images import AS_FOUND, Treatment
 from data_prep.listing import FolderReader, Listing, Source
@@ -106,7 +106,7 @@ def _claimed(out: Path) -> Iterator[None]:
         raise ValueError(f"{out} is a file: give a folder to write the shards to") from None
     lock, owner = out / LOCK_NAME, out / OWNER_NAME
     try:
-        with FileLock(lock, timeout=0):
+        with Lock(lock, timeout=0):
             owner.write_text(f"host {socket.gethostname()}, pid {os.getpid()}")
             try:
                 yield

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from data_prep.files import Lock
 from jobs import scheduler, submit
 from jobs.clusters import Profile
 from jobs.submit import Request
@@ -38,7 +39,12 @@ class Finding:
 
 def examine(profile: Profile | None, data: Path | None, ranks: int) -> Iterator[Finding]:
     """Every check in turn; one that fails does not keep the next from being made."""
-    checks = {"packages": _packages, "GPUs here": _gpus, "tracking": _tracking}
+    checks = {
+        "packages": _packages,
+        "GPUs here": _gpus,
+        "tracking": _tracking,
+        "locks": lambda: _locks(profile),
+    }
     if data is not None:
         checks["shards"] = lambda: _shards(data, ranks)
     if profile is not None and not profile.is_local:
@@ -86,6 +92,16 @@ def _tracking() -> Iterator[Finding]:
     except (urllib.error.URLError, TimeoutError) as error:
         cure = "start it, or correct MLFLOW_TRACKING_URI; runs keep what they have to tell"
         yield Finding("tracking", f"{uri} does not answer ({error})", cure)
+
+
+def _locks(profile: Profile | None) -> Iterator[Finding]:
+    """Where runs lie: here, or where the nodes see them; one that nobody can own does not train."""
+    folder = Path.cwd()
+    shared = profile.shared if profile else None
+    if shared is not None and not folder.is_relative_to(shared):
+        folder = shared
+    with tempfile.TemporaryDirectory(dir=folder) as own, Lock(Path(own) / "lock", timeout=0):
+        yield Finding("locks", f"{folder} has them")
 
 
 def _shards(data: Path, ranks: int) -> Iterator[Finding]:

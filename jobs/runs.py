@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from data_prep.files import Lock
 from jobs import clusters, scheduler, submit
 from jobs.describe import duration, table_of
 from jobs.record import Job
@@ -143,12 +144,13 @@ def _is_owned(run: Path) -> bool:
     """Whether a process trains in the directory now."""
     if not (run / ".lock").exists():
         return False
-    lock = FileLock(run / ".lock", blocking=False)
     try:
-        with lock:
+        with Lock(run / ".lock", timeout=0):
             return False
     except Timeout:
         return True
+    except ValueError:
+        return False  # its file system has no locks, and so it has no owner
 
 
 def progress(run: Path) -> Progress:

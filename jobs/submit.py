@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from data_prep.files import Lock
 from jobs import scheduler, stopping
 from jobs.clusters import LOCAL, Profile
 from jobs.record import Job
@@ -212,7 +213,7 @@ def alone(run: Path) -> Iterator[None]:
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = run.parent / f".{run.name}.submit.lock"
     try:
-        with FileLock(lock, timeout=0):
+        with Lock(lock, timeout=0):
             try:
                 yield
             finally:

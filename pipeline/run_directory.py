@@ -8,9 +8,9 @@ import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from data_prep.files import write_atomically
+from data_prep.files import Lock, write_atomically
 from data_prep.manifest import Manifest
 from pipeline import configure
 from pipeline.config import Config, ConfigError
@@ -38,8 +38,7 @@ class RunDirectory:
         self.weights = path / "weights.safetensors"
         self.consolidation = path / "consolidation.json"
         self._owner = path / "owner.json"
-        # The kernel gives the lock back when its holder dies, however it dies.
-        self._lock = FileLock(path / ".lock", blocking=False)
+        self._lock = Lock(path / ".lock", timeout=0)
 
     @property
     def consolidated(self) -> RunDirectory:
@@ -86,6 +85,7 @@ class RunDirectory:
         Raises:
             RunDirectoryInUse: somebody else owns it; the message says who.
             ConfigError: it belongs to a run of another configuration, or is no run's.
+            ValueError: its file system has no locks.
         """
         foreign = self.path.is_dir() and any(self.path.iterdir()) and not self.exists
         if foreign and not (self.path / ".lock").exists():

@@ -14,8 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from data_prep.files import Lock
 from pipeline.loading import loading
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Journal, Record, Sent
@@ -174,7 +175,7 @@ def _announce(run_dir: Path, parent: int, answers: int) -> int:
     told: list[Outlet] = []
     try:
         # No longer than that: the training which is started then waits for the lock.
-        with FileLock(run_dir / journal.LOCK, timeout=0):
+        with Lock(run_dir / journal.LOCK, timeout=0):
             status = _schedule(run_dir, parent, told)
     except Timeout:
         status = BUSY
@@ -233,7 +234,7 @@ def main(mode: str, parent: int, run_dir: Path | None = None) -> int:
     if mode == "announce":
         return _announce(run_dir, parent, answers)
     try:
-        with FileLock(run_dir / journal.LOCK, timeout=-1 if mode in ("follow", "finish") else 0):
+        with Lock(run_dir / journal.LOCK, timeout=-1 if mode in ("follow", "finish") else 0):
             return Sender(run_dir, parent, mode == "follow").run()
     except Timeout:
         return BUSY
