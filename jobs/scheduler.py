@@ -14,6 +14,7 @@ INSIST_SECONDS = 900.0  # for one that is restarted
 AGAIN_SECONDS = 5.0
 # What SLURM's commands say where their controller or their accounting is not there or too busy.
 _SILENT = ("unable to contact", "timed out", "connection refused", "connect failure")
+_NO_ACCOUNTING = "accounting storage is disabled"
 # What ranks were told that a shell started before: those of a job must not take it for theirs.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED")
@@ -38,7 +39,10 @@ class State:
 
 
 def states(jobs: Iterable[str]) -> dict[str, State]:
-    """The state of each job that SLURM knows: of the queue, and of the accounting for the rest."""
+    """The state of each job that SLURM knows: of the queue, and of the accounting for the rest.
+
+    Where a site keeps no accounting, a job that has left the queue is unknown.
+    """
     wanted = set(jobs)
     if not wanted or shutil.which("squeue") is None:
         return {}
@@ -51,13 +55,24 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
         if job in wanted:
             found[job] = State(name, nodes, left, reason if name == "PENDING" else "")
     if missing := wanted - found.keys():
-        whole = ",".join(sorted({job.split("_")[0] for job in missing}))
-        format_ = "--format=JobID,State,NodeList"
-        for line in ask("sacct", "--allocations", "-nP", format_, "-j", whole).splitlines():
+        for line in _accounting({job.split("_")[0] for job in missing}).splitlines():
             job, name, nodes = line.split("|")
             if job in missing:
                 found[job] = State(name.split()[0], nodes)  # `CANCELLED by 1000`
     return found
+
+
+def _accounting(jobs: set[str]) -> str:
+    """Lines of `job|state|nodes`, none where there is no accounting."""
+    if shutil.which("sacct") is None:
+        return ""
+    format_ = "--format=JobID,State,NodeList"
+    try:
+        return ask("sacct", "--allocations", "-nP", format_, "-j", ",".join(sorted(jobs)))
+    except ValueError as error:
+        if _NO_ACCOUNTING in str(error).lower():
+            return ""
+        raise
 
 
 def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:

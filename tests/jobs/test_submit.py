@@ -340,11 +340,11 @@ def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     monkeypatch.setattr(scheduler, "AGAIN_SECONDS", 0.01)
 
     def say(command: str, *lines: str) -> None:
-        (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"{command}.lines").write_text("\n".join(lines) + "\n")
         script = tmp_path / command
         script.write_text(
-            f'#!/bin/sh\ncd "{tmp_path}"; line=$(head -n 1 lines)\n'
-            "[ $(wc -l < lines) = 1 ] || sed -i 1d lines\n"
+            f'#!/bin/sh\ncd "{tmp_path}"; lines={command}.lines; line=$(head -n 1 $lines)\n'
+            "[ $(wc -l < $lines) = 1 ] || sed -i 1d $lines\n"
             'case $line in !*) echo "${line#!}" >&2; exit 1;; *) echo "$line";; esac\n'
         )
         script.chmod(0o755)
@@ -375,6 +375,32 @@ def test_a_controller_that_stays_away_is_given_up(
     controller("squeue", SILENT[0])
     with pytest.raises(scheduler.Unreachable, match="Unable to contact"):
         scheduler.insist("squeue")
+
+
+def test_a_site_without_accounting(
+    tiny: Config,
+    tmp_path: Path,
+    controller: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What became of a job that has left the queue is unknown there, and no reason to break."""
+    run = RunDirectory(tmp_path / "runs" / "one")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text(tiny.to_yaml())
+    JOB.save(run.path)
+    controller("squeue", "9|RUNNING|node1|0:30|None")
+    # As SLURM 22.05 says it.
+    controller("sacct", "!Slurm accounting storage is disabled")
+    assert list(scheduler.states([JOB.id, "9"])) == ["9"]
+    assert [row.state for row in runs.table(tmp_path / "runs")] == ["not started"]
+    submit.refuse_second(run.path)
+    with pytest.raises(ConfigError, match="has no job that is queued or running"):
+        runs.cancel(run.path)
+    controller("sacct", "!sacct: error: Invalid user id: x")
+    with pytest.raises(ValueError, match=r"sacct refuses: .* Invalid user"):
+        scheduler.states([JOB.id])
+    monkeypatch.setattr(scheduler.shutil, "which", lambda name: None if name == "sacct" else name)
+    assert list(scheduler.states([JOB.id, "9"])) == ["9"]
 
 
 @pytest.fixture
