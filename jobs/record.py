@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_prep.files import write_atomically
+from pipeline.config import ConfigError
 
 FILE = "job.json"
 SAME_STEP = 3  # failures without a step between them, after which a job is not queued again
@@ -45,14 +46,24 @@ class Job:
 
     @classmethod
     def load(cls, run: Path) -> Job | None:
-        """The recorded job; None where the run was never submitted."""
+        """The recorded job; None where the run was never submitted.
+
+        Raises:
+            ConfigError: the record cannot be read, such as one of another version.
+        """
+        file = run / FILE
         try:
-            values = json.loads((run / FILE).read_text())
+            values = json.loads(file.read_text())
+            failures = tuple(Failure(**failure) for failure in values.pop("failures", ()))
+            return cls(failures=failures, stops=tuple(values.pop("stops", ())), **values)
         except FileNotFoundError:
             return None
-        values["failures"] = tuple(Failure(**failure) for failure in values["failures"])
-        values["stops"] = tuple(values.get("stops", ()))
-        return cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error}): see `squeue --me` for the run's job; once that "
+                f"has ended, move the file away and call `reprise submit {run}/config.yaml --run "
+                f"{run}`"
+            ) from None
 
     def save(self, run: Path) -> None:
         write_atomically(run / FILE, json.dumps(asdict(self), indent=1).encode())

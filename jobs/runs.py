@@ -76,9 +76,18 @@ def directories(runs: Path, holding: str = CONFIG) -> list[Path]:
 def table(runs: Path) -> list[Row]:
     """A row for each run; the scheduler is asked once for all."""
     paths = directories(runs)
-    jobs = {path: job for path in paths if (job := Job.load(path))}
-    states = scheduler.states(job.id for job in jobs.values() if job.cluster != clusters.LOCAL)
-    return [_row(path, jobs.get(path), states) for path in paths]
+    jobs = {path: _job(path) for path in paths}
+    found = [job for job in jobs.values() if isinstance(job, Job)]
+    states = scheduler.states(job.id for job in found if job.cluster != clusters.LOCAL)
+    return [_row(path, job, states) for path, job in jobs.items()]
+
+
+def _job(run: Path) -> Job | ConfigError | None:
+    """The run's job, or why it cannot be told; the other runs are listed all the same."""
+    try:
+        return Job.load(run)
+    except ConfigError as error:
+        return error
 
 
 def shown(rows: Sequence[Row], folder: Path) -> str:
@@ -100,7 +109,9 @@ def shown(rows: Sequence[Row], folder: Path) -> str:
     return table_of(cells, ["run", "state", "epoch", "score", "left", "nodes", "job"])
 
 
-def _row(run: Path, job: Job | None, states: dict[str, State]) -> Row:
+def _row(run: Path, job: Job | ConfigError | None, states: dict[str, State]) -> Row:
+    if isinstance(job, ConfigError):
+        return Row(run, f"unreadable: {_brief(job, run)}", None, Progress())
     state = states.get(job.id) if job else None
     nodes = state.nodes if state and state.alive else ""
     where = f"{job.id} on {job.cluster}" if job else ""
@@ -113,7 +124,7 @@ def _row(run: Path, job: Job | None, states: dict[str, State]) -> Row:
 
 def _brief(error: ConfigError, run: Path) -> str:
     """Without the path, which the row begins with anyway."""
-    text = str(error).replace(str(RunDirectory(run).config_file), CONFIG)
+    text = str(error).replace(f"{run}/", "")
     return textwrap.shorten(text, REASON, placeholder=" ...")
 
 

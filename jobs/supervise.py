@@ -18,7 +18,8 @@ from pathlib import Path
 from jobs import endings, scheduler
 from jobs.endings import Ending
 from jobs.errors import Exit
-from jobs.record import Job, newest_step
+from jobs.record import SAME_STOP, Job, newest_step
+from pipeline.config import ConfigError
 
 RECORD_SECONDS = 60.0
 SETTLE_SECONDS = 10.0  # until a shared file system shows what a rank has left
@@ -38,10 +39,13 @@ def supervise(status: int, run: Path, left: Mapping[int, Ending] | None = None) 
         status: the highest of all ranks, as srun tells it.
         left: what the ranks of this start have left.
     """
-    job = Job.load(run)
-    assert job is not None, run
     if status == 0:
         return False
+    try:
+        job = Job.load(run)
+    except ConfigError as error:
+        return _uncounted(status, left or {}, error)
+    assert job is not None, run
     status, said = _cause(status, left or {}, job.ranks)
     if reason := FINAL.get(status):
         reason += f" ({said})" if said else ""
@@ -52,6 +56,19 @@ def supervise(status: int, run: Path, left: Mapping[int, Ending] | None = None) 
         job = job.failed(newest_step(run), status, said)
     job.save(run)
     return job.stopped is None
+
+
+def _uncounted(status: int, left: Mapping[int, Ending], error: ConfigError) -> bool:
+    """The same where the record cannot be read: SLURM's count of all restarts stands for its."""
+    status, said = _cause(status, left, 0)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    again = status not in FINAL and restarts < SAME_STOP
+    print(
+        f"error: {error}\nthe ranks ended with status {status}{f' ({said})' if said else ''} after "
+        f"{restarts} restarts: the job is {'' if again else 'not '}queued again",
+        flush=True,
+    )
+    return again
 
 
 def _cause(status: int, left: Mapping[int, Ending], ranks: int) -> tuple[int, str]:
@@ -72,22 +89,32 @@ def _cause(status: int, left: Mapping[int, Ending], ranks: int) -> tuple[int, st
     return status, f"rank{plural} {textwrap.shorten(', '.join(silent), 40)} left no word"
 
 
-def _left(run: Path, start: str, ranks: int) -> dict[int, Ending]:
-    """What the ranks left, once it is there; of a killed one nothing will be."""
+def _left(run: Path, start: str, ranks: int | None) -> dict[int, Ending]:
+    """What the ranks, of any number, left, once it is there; of a killed one nothing will be."""
     until = time.monotonic() + SETTLE_SECONDS
-    while len(found := endings.read(run, start)) < ranks and time.monotonic() < until:
+    while True:
+        found = endings.read(run, start)
+        if len(found) == ranks or time.monotonic() > until:
+            return found
         time.sleep(0.5)
-    return found
 
 
-def _await_record(run: Path, job: str) -> Job:
-    """A job may end before the one who submitted it, and many beside it, has written all down."""
+def _await_record(run: Path, job: str) -> int | None:
+    """The number of ranks in the job's record; None where that cannot be read.
+
+    A job may end before the one who submitted it, and many beside it, has written all down.
+    """
     until = time.monotonic() + RECORD_SECONDS
-    while (record := Job.load(run)) is None or record.id != job:
+    while True:
+        try:
+            record = Job.load(run)
+        except ConfigError:
+            return None
+        if record is not None and record.id == job:
+            return record.ranks
         if time.monotonic() > until:
             raise ValueError(f"{run} has no record of job {job}: it is not queued again")
         time.sleep(0.5)
-    return record
 
 
 def main(status: int, runs: list[str]) -> int:
@@ -98,14 +125,14 @@ def main(status: int, runs: list[str]) -> int:
     run = Path(runs[int(member or 0)])
     # The number of an array's last member is the array's own: to queue it would queue them all.
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{member}" if member else os.environ["SLURM_JOB_ID"]
-    record = _await_record(run, job)
+    ranks = _await_record(run, job)
     # A job that is told to stop is often one of many, in a controller's worst minutes.
     state = scheduler.insist("squeue", "--noheader", "--format=%T", "--jobs", job).strip()
     if state != "RUNNING":
         return status
     start = endings.start_of(os.environ)
     assert start is not None
-    if supervise(status, run, _left(run, start, record.ranks)):
+    if supervise(status, run, _left(run, start, ranks)):
         print(f"ended with status {status}: job {job} is queued again", flush=True)
         scheduler.insist("scontrol", "requeue", job)
     return status

@@ -1,6 +1,8 @@
 """Submission without a cluster: what is asked of SLURM, what is refused before, and the end."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import shlex
@@ -274,6 +276,62 @@ def test_states_are_asked_of_the_queue_and_then_of_the_accounting(
     assert found["8"].nodes == "node1"
     assert found["9"].name == "CANCELLED"
     assert found.keys() == {"7_1", "8", "9"}
+
+
+RECORDS = {
+    "empty": ("", "Expecting value"),
+    "cut": ('{"cluster": "lab", "id"', "Expecting"),
+    "of nothing": ("{}", "'cluster'"),
+    "no table": ("[]", "cannot be read"),
+    "a newer field": (json.dumps(dataclasses.asdict(JOB) | {"mood": "good"}), "'mood'"),
+    "another kind": (json.dumps(dataclasses.asdict(JOB) | {"failures": [{"at": 1}]}), "'at'"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_one_record_that_cannot_be_read_hides_no_other_run(
+    tiny: Config, tmp_path: Path, case: str
+) -> None:
+    text, words = RECORDS[case]
+    for name in ("bad", "good"):
+        run = RunDirectory(tmp_path / "runs" / name)
+        run.path.mkdir(parents=True)
+        run.config_file.write_text(tiny.to_yaml())
+    file = tmp_path / "runs" / "bad" / "job.json"
+    file.write_text(text)
+    bad, good = runs.table(tmp_path / "runs")
+    assert bad.state.startswith("unreadable: job.json")
+    assert good.state == "not started"
+    with pytest.raises(ConfigError) as refused:
+        Job.load(file.parent)
+    for part in (str(file), words, "see `squeue --me`", "move the file away"):
+        assert part in str(refused.value)
+
+
+def test_a_job_is_queued_again_without_its_record_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be counted there SLURM counts; what no start can mend is not tried again."""
+    (tmp_path / "job.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    asked: list[str] = []
+    monkeypatch.setattr(scheduler, "insist", lambda *words: asked.append(words[0]) or "RUNNING")
+    monkeypatch.setattr(supervise, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB.id)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    for restarts, again in ((None, True), ("4", True), ("5", False)):
+        if restarts:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        asked.clear()
+        assert supervise.main(130, [str(tmp_path)]) == 130
+        assert ("scontrol" in asked) == again
+        assert "job.json cannot be read" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    asked.clear()
+    endings.save(tmp_path, Ending("7.0", 1, 2, "no shards"))
+    assert supervise.main(137, [str(tmp_path)]) == 137
+    assert asked == ["squeue"]
+    assert "rank 1: no shards" in capsys.readouterr().out
 
 
 def test_a_consolidated_network_is_no_run_of_its_own(tiny: Config, tmp_path: Path) -> None:
