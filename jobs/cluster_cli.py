@@ -65,8 +65,7 @@ def submit(
         folder = run_dir or Path("runs") / name
         runs = {folder: config}
     if dry_run:
-        for run, config in runs.items():
-            submit.check(config, run, request)
+        submit.check_all(runs, request)
         if not profile.is_local:
             click.echo(submit.sbatch_text(request, list(runs), folder))
         if sweep:

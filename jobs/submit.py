@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).resolve().parent.parent
 PACKAGES = ("jobs", "pipeline", "data_prep")
 SIGNAL_EARLY_S = 60  # SLURM may send a signal before a time limit this much sooner than asked
+_LOCK = ".{}.submit.lock"
+NAME_BYTES = 255 - len(_LOCK.format(""))  # of a run: file systems take 255 for a name
 TRACKING_SECONDS = 60.0  # that a tracking server has to answer at submission
 CHECKPOINT_BYTES = 20  # per parameter, generously: weights, their average, two moments, gradients
 
@@ -79,12 +81,21 @@ class OnCluster:
         return status
 
 
-def check(config: Config, run: Path, request: Request) -> Plan:
+def check_all(runs: dict[Path, Config], request: Request) -> None:
     """Find what is wrong before anything is written or queued.
 
     Raises:
-        ValueError: the configuration, the shards, the batch, the tracking address, the disk, the
-            time limit, or what is asked of the cluster.
+        ValueError: as `check`, for any of them; the disk has no room for the checkpoints of all.
+    """
+    _check_disk({run: check(config, run, request) for run, config in runs.items()})
+
+
+def check(config: Config, run: Path, request: Request) -> Plan:
+    """What is wrong with one run, whatever is beside it.
+
+    Raises:
+        ValueError: the configuration, the shards, the batch, the tracking address, the time limit,
+            or what is asked of the cluster.
     """
     from pipeline import tracking
     from pipeline.data.shards import ShardSet
@@ -99,7 +110,6 @@ def check(config: Config, run: Path, request: Request) -> Plan:
         initial.check(config, len(planned.manifest.classes))
     tracking.store_uri()
     check_shared(request.profile, run, config.data.path)
-    _check_disk(planned, run)
     return planned
 
 
@@ -135,14 +145,22 @@ def check_shared(profile: Profile, *paths: Path) -> None:
             )
 
 
-def _check_disk(planned: Plan, run: Path) -> None:
-    kept = planned.config.checkpoints.keep_last + 2  # the best, and the one that is being written
-    needed = kept * CHECKPOINT_BYTES * planned.cost.parameters
-    folder = next(path for path in (run.resolve(), *run.resolve().parents) if path.is_dir())
+def _check_disk(plans: dict[Path, Plan]) -> None:
+    """For runs that lie on one disk, as the members of a sweep do."""
+    kept = needed = 0
+    for planned in plans.values():
+        own = (
+            planned.config.checkpoints.keep_last + 2
+        )  # the best, and the one that is being written
+        kept += own
+        needed += own * CHECKPOINT_BYTES * planned.cost.parameters
+    run = next(iter(plans)).resolve()
+    folder = next(path for path in (run, *run.parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
+        of_all = f" of {len(plans)} runs" if len(plans) > 1 else ""
         raise ConfigError(
-            f"{folder} has {free / 1e9:.2f} GB free and {kept} checkpoints need about "
+            f"{folder} has {free / 1e9:.2f} GB free and {kept} checkpoints{of_all} need about "
             f"{needed / 1e9:.2f} GB: free disk space, or give another --run"
         )
 
@@ -156,7 +174,7 @@ def submit(config: Config, run: Path, request: Request) -> Job:
     from pipeline import tracking
 
     with tracking.announcer() as announce:
-        check(config, run, request)
+        check_all({run: config}, request)
         ask_site(request)
         with made(config, run), announced(announce, run):
             snapshot(run / "code")
@@ -211,7 +229,7 @@ def undone(*paths: Path) -> Iterator[None]:
 def alone(run: Path) -> Iterator[None]:
     """One submission of a run, or of a sweep, at a time."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    lock = run.parent / f".{run.name}.submit.lock"
+    lock = run.parent / _LOCK.format(run.name)
     try:
         with Lock(lock, timeout=0):
             try:

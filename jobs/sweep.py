@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from jobs import scheduler, submit
 from jobs.record import Job
@@ -23,7 +25,8 @@ def expand(overrides: Iterable[str]) -> dict[str, list[str]]:
     """Name -> overrides of each member: the product over `key=a,b`; YAML lists are one value.
 
     Raises:
-        ConfigError: no setting has several values.
+        ConfigError: no setting has several values; members would have one name, or one that is
+            too long for a folder.
     """
     axes, fixed = [], []
     for override in overrides:
@@ -34,8 +37,37 @@ def expand(overrides: Iterable[str]) -> dict[str, list[str]]:
             fixed.append(override)
     if not axes:
         raise ConfigError("nothing to sweep: give a setting several values, such as seed=0,1,2")
-    members = itertools.product(*axes)
-    return {",".join(member).replace("/", "-"): [*fixed, *member] for member in members}
+    found: dict[str, tuple[str, ...]] = {}
+    for member in itertools.product(*axes):
+        name = _name(member)
+        if name in found:
+            _refuse_equal(",".join(found[name]), ",".join(member))
+        found[name] = member
+    return {name: [*fixed, *member] for name, member in found.items()}
+
+
+def _name(member: Iterable[str]) -> str:
+    """Of a member's folder.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    name = ",".join(member).replace("/", "-")
+    if (size := len(os.fsencode(name))) > submit.NAME_BYTES:
+        raise ConfigError(
+            f"the run {name[:60]}... would have a name of {size} "
+            f"bytes, and a folder's has at most {submit.NAME_BYTES}: give shorter values, such as "
+            "relative paths, or sweep fewer settings at a time"
+        )
+    return name
+
+
+def _refuse_equal(one: str, other: str) -> NoReturn:
+    if one == other:
+        raise ConfigError(f"{one} is given twice: leave one of them away")
+    raise ConfigError(
+        f"{one} and {other} would have one folder, as / becomes -: give values that differ in more"
+    )
 
 
 def members(recipe: str, overrides: Iterable[str], folder: Path) -> dict[Path, Config]:
@@ -63,8 +95,7 @@ def start(
         )
     with contextlib.ExitStack() as stack:
         announce = stack.enter_context(tracking.announcer())
-        for run, config in runs.items():
-            submit.check(config, run, request)
+        submit.check_all(runs, request)
         submit.ask_site(request)
         largest = largest_array()
         experiment = next(iter(runs.values())).experiment

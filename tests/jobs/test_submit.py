@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -77,8 +78,6 @@ def test_what_is_wrong_is_found_before_anything_is_made(
 def test_a_full_disk_and_a_swapped_index_are_found_too(
     tiny: Config, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     request = Request(Profile(name="x", gpus_per_node=1), 1, 1, 10)
     copy = tmp_path / "set"
     shutil.copytree(shards, copy)
@@ -88,7 +87,7 @@ def test_a_full_disk_and_a_swapped_index_are_found_too(
         submit.check(broken, tmp_path / "run", request)
     monkeypatch.setattr(submit, "CHECKPOINT_BYTES", 10**12)
     with pytest.raises(ConfigError, match=r"checkpoints need about .* GB: free disk space"):
-        submit.check(tiny, tmp_path / "run", request)
+        submit.check_all({tmp_path / "run": tiny}, request)
 
 
 def test_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -259,6 +258,36 @@ def test_the_members_of_a_sweep() -> None:
     assert found["model=b,seed=1"] == ["schedule.milestones=[1,2]", "model=b", "seed=1"]
     with pytest.raises(ConfigError, match="several values"):
         sweep.expand(["seed=0"])
+
+
+def test_members_have_a_folder_each() -> None:
+    with pytest.raises(ConfigError) as refused:
+        sweep.expand(["init_from.path=/a/b,-a-b", "seed=0,1"])
+    for part in ("init_from.path=/a/b,seed=0 and init_from.path=-a-b,seed=0", "one folder"):
+        assert part in str(refused.value)
+    with pytest.raises(ConfigError, match="seed=1 is given twice: leave one of them away"):
+        sweep.expand(["seed=0,1,1"])
+    longest = submit.NAME_BYTES - len("data.path=,seed=0")
+    assert len(sweep.expand([f"data.path={'é' * (longest // 2)}", "seed=0,1"])) == 2
+    paths = ",".join(name + "é" * (longest // 2) for name in ("aa", "bb"))
+    with pytest.raises(ConfigError, match=r"a name of \d+ bytes, .* 242: give shorter values"):
+        sweep.expand([f"data.path={paths}", "seed=0,1"])
+
+
+def test_a_disk_holds_the_checkpoints_of_all_members(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Path
+) -> None:
+    """And not only those of each."""
+    parameters = submit.check(tiny, tmp_path / "run", CLUSTER).cost.parameters
+    needed = (tiny.checkpoints.keep_last + 2) * submit.CHECKPOINT_BYTES * parameters
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    folder = tmp_path / "sweep"
+    wanted = {folder / f"seed={seed}": tiny for seed in range(3)}
+    submit.check_all(dict(list(wanted.items())[:2]), CLUSTER)
+    with pytest.raises(ConfigError, match=r"12 checkpoints of 3 runs need about .* GB: free disk"):
+        sweep.start(wanted, folder, CLUSTER, None)
+    assert not folder.exists()
 
 
 def test_states_are_asked_of_the_queue_and_then_of_the_accounting(
