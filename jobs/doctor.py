@@ -169,7 +169,13 @@ def _reach(profile: Profile) -> Iterator[Finding]:
     """Two nodes, one rank for each of their GPUs, as soon as SLURM has them."""
     request = Request(profile, 2, profile.gpus_per_node, MINUTES)
     options = submit.sbatch_options(request)
-    said = scheduler.ask(
-        "srun", *options, "--kill-on-bad-exit=1", sys.executable, "-m", "jobs.reach", wait=None
-    )
-    yield Finding("two nodes", said.strip())
+    command = ("srun", *options, "--kill-on-bad-exit=1", sys.executable, "-m", "jobs.reach")
+    try:
+        yield Finding("two nodes", scheduler.ask(*command, wait=None).strip())
+    except scheduler.Refused as refused:
+        # The ranks' lines, each once; srun's own have its name before the word.
+        lines = [line for line in refused.said.splitlines() if line.startswith("error: ")]
+        if not lines:
+            raise
+        said = "; ".join(line.removeprefix("error: ") for line in dict.fromkeys(lines))
+        yield Finding("two nodes", "do not reach each other", said)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import socket
 import sys
 
+from jobs.errors import Exit
+
 
 def main() -> int:
+    """The exit status. An error is one line, whatever it is: `doctor` shows it to a person."""
+    try:
+        return _sum()
+    except Exception as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return Exit.USER_ERROR
+
+
+def _sum() -> int:
     """Sum a number over the ranks; rank 0 prints with what, and over which machines."""
     import torch
 

@@ -24,6 +24,14 @@ class Unreachable(ValueError):
     """The scheduler does not answer now; that it refuses is another matter."""
 
 
+class Refused(ValueError):
+    """A command of SLURM failed; `said` has the lines that it printed."""
+
+    def __init__(self, command: str, said: str) -> None:
+        super().__init__(f"{command} refuses: {' '.join(said.split())}")
+        self.said = said
+
+
 @dataclass(frozen=True)
 class State:
     """One job: its state in SLURM's words, where it is, and why it waits."""
@@ -69,8 +77,8 @@ def _accounting(jobs: set[str]) -> str:
     format_ = "--format=JobID,State,NodeList"
     try:
         return ask("sacct", "--allocations", "-nP", format_, "-j", ",".join(sorted(jobs)))
-    except ValueError as error:
-        if _NO_ACCOUNTING in str(error).lower():
+    except Refused as error:
+        if _NO_ACCOUNTING in error.said.lower():
             return ""
         raise
 
@@ -80,7 +88,8 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
 
     Raises:
         Unreachable: no answer.
-        ValueError: it failed, and the message is what it said; or there is no such command.
+        Refused: it failed, and the message is what it said.
+        ValueError: there is no such command.
     """
     kept = {name: text for name, text in os.environ.items() if name not in LAUNCHERS}
     try:
@@ -95,10 +104,11 @@ def ask(*command: str, wait: float | None = WAIT_SECONDS) -> str:
             "less busy"
         ) from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
         if any(words in said.lower() for words in _SILENT):
-            raise Unreachable(f"{command[0]} has no answer: {said}; try again later")
-        raise ValueError(f"{command[0]} refuses: {said or f'status {done.returncode}'}")
+            shown = " ".join(said.split())
+            raise Unreachable(f"{command[0]} has no answer: {shown}; try again later")
+        raise Refused(command[0], said)
     return done.stdout
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import clusters, endings, runs, scheduler, submit, supervise, sweep
+from jobs import clusters, doctor, endings, runs, scheduler, submit, supervise, sweep
 from jobs.clusters import Profile
 from jobs.endings import Ending
 from jobs.errors import Exit
@@ -570,6 +570,34 @@ def test_a_run_that_is_refused_when_resumed_is_as_it_was(
         submit.submit(tiny, run, CLUSTER)
     assert tracked(tmp_path / "mlflow.db") == [("run", "KILLED")]
     assert not (tmp_path / ".run.submit.lock").exists()
+
+
+def test_nodes_that_do_not_find_each_other_are_one_line(
+    tmp_path: Path, full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank says the same, and srun beside them how they ended."""
+    step = {"SLURM_STEP_NODELIST": "no-such-host-[3-4]", "SLURM_STEP_NUM_NODES": "2",
+            "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+            "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}  # fmt: skip
+    kept = {name: text for name, text in os.environ.items() if name not in scheduler.LAUNCHERS}
+    rank = subprocess.run(
+        [sys.executable, "-m", "jobs.reach"], cwd=ROOT, env=kept | step, capture_output=True,
+        text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert rank.returncode == Exit.USER_ERROR
+    assert rank.stdout == ""
+    (line,) = rank.stderr.splitlines()
+    assert line.startswith("error: no-such-host-3, the first node of this job step, has no address")
+    (tmp_path / "said").write_text(
+        f"{line}\nsrun: error: node2: task 1: Exited with exit code 2\n{line}\n"
+    )
+    (full / "srun").write_text(f'#!/bin/sh\ncat "{tmp_path}/said" >&2\nexit 2\n')
+    (found,) = doctor._reach(CLUSTER.profile)
+    cure = line.removeprefix("error: ")
+    assert str(found) == f"bad  two nodes: do not reach each other: {cure}"
+    (tmp_path / "said").write_text("srun: error: Unable to allocate resources: no such account\n")
+    with pytest.raises(ValueError, match=r"srun refuses: .* no such account"):
+        list(doctor._reach(CLUSTER.profile))
 
 
 def test_a_machine_without_a_scheduler_is_named(
