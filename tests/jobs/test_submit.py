@@ -455,6 +455,32 @@ def test_a_controller_that_is_away_is_asked_again(controller: Callable[..., None
     assert not isinstance(refused.value, scheduler.Unreachable)
 
 
+@pytest.mark.parametrize(
+    ("status", "restarts", "again"),
+    [(0, 0, False), (2, 0, False), (130, 9, True), (137, 2, True), (143, 2, True), (143, 3, False)],
+)
+def test_the_script_for_those_without_submitit_is_as_patient(
+    tmp_path: Path,
+    controller: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    restarts: int,
+    again: bool,
+) -> None:
+    controller("squeue", *SILENT, "RUNNING")
+    others = {"srun": f"exit {status}", "sleep": "", "scontrol": f'echo "$@" >> "{tmp_path}/asked"'}
+    for name, text in others.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    done = subprocess.run(["bash", ROOT / "slurm" / "train.sbatch", "recipe"], check=False)
+    assert done.returncode == status
+    assert (tmp_path / "asked").exists() == again
+    if again:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
 def test_a_controller_that_stays_away_is_given_up(
     controller: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
