@@ -393,22 +393,12 @@ def parameters(request: Request, runs: list[Path], folder: Path) -> dict[str, An
 def common_parameters(request: Request, folder: Path) -> dict[str, Any]:
     """submitit's names for what is asked of SLURM, whatever is done there."""
     profile = request.profile
-    wanted = {
-        "time": request.minutes,
-        "nodes": request.nodes,
-        "ntasks_per_node": request.ranks_per_node,
-        "cpus_per_task": profile.cpus_per_gpu,
-        "gpus_per_node": request.gpus_per_node or None,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
+    return _asked(request) | {
         "signal_delay_s": profile.signal_delay_s,
         "stderr_to_stdout": True,
         "setup": _setup(profile, folder),
         "additional_parameters": {"requeue": True, **profile.sbatch},
     }
-    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def _setup(profile: Profile, folder: Path) -> list[str]:
@@ -426,17 +416,25 @@ def _setup(profile: Profile, folder: Path) -> list[str]:
 
 def sbatch_options(request: Request) -> list[str]:
     """What a site may refuse of a request."""
+    wanted = {name.replace("_", "-"): value for name, value in _asked(request).items()}
+    return [f"--{name}={value}" for name, value in (wanted | request.profile.sbatch).items()]
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """What sbatch is asked for, in submitit's names, which have an underscore where it has a dash.
+
+    What is left out is left to the site.
+    """
     profile = request.profile
-    wanted: dict[str, Any] = {
+    wanted = {
         "time": request.minutes,
         "nodes": request.nodes,
-        "ntasks-per-node": request.ranks_per_node,
-        "cpus-per-task": profile.cpus_per_gpu,
-        "gpus-per-node": request.gpus_per_node or None,
+        "ntasks_per_node": request.ranks_per_node,
+        "cpus_per_task": profile.cpus_per_gpu,
+        "gpus_per_node": request.gpus_per_node or None,
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        **profile.sbatch,
     }
-    return [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+    return {name: value for name, value in wanted.items() if value is not None}
