@@ -23,7 +23,7 @@ from pipeline.config import ConfigError
 
 RECORD_SECONDS = 60.0
 SETTLE_SECONDS = 10.0  # until a shared file system shows what a rank has left
-SAID = 300  # characters, of what a rank says
+SAID = 160  # characters, of what a rank says
 # USR2 (10) and TERM (15) end a process that has not begun to listen to them yet.
 STOPPED = (Exit.INTERRUPTED, 128 + 10, 128 + 15)
 FINAL: dict[int, str] = {
@@ -54,12 +54,15 @@ def supervise(status: int, run: Path, left: Mapping[int, Ending] | None = None) 
         job = job.halted(newest_step(run))
     else:
         job = job.failed(newest_step(run), status, said)
-    job.save(run)
+    try:
+        job.save(run)
+    except OSError as error:
+        return _uncounted(status, left or {}, error)
     return job.stopped is None
 
 
-def _uncounted(status: int, left: Mapping[int, Ending], error: ConfigError) -> bool:
-    """The same where the record cannot be read: SLURM's count of all restarts stands for its."""
+def _uncounted(status: int, left: Mapping[int, Ending], error: Exception) -> bool:
+    """The same without a record: SLURM's count of all restarts stands for what it would count."""
     status, said = _cause(status, left, 0)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     again = status not in FINAL and restarts < SAME_STOP

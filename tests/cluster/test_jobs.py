@@ -38,6 +38,9 @@ trains; at a rate at which sums in another order do not grow into another loss (
 to 9 % within 40 steps)."""
 
 
+ENDS = {"rank-0.end.json", "rank-1.end.json"}
+
+
 def row(run: Submitted) -> str:
     shown = reprise("runs", "--runs", ".", cwd=run.run.parent)
     assert shown.returncode == 0, shown.stderr
@@ -163,6 +166,10 @@ def test_a_job_that_fails_at_the_same_step_is_given_up(submit: Submit) -> None:
         run.until(lambda: False, "it is given up")
     run_states = [failure.step for failure in run.job.failures]
     assert run_states == [0] * SAME_STEP
+    # Of each start what its own ranks have left, and not those of the one before.
+    said = [failure.said.partition(": ")[2] for failure in run.job.failures]
+    assert said == ["RuntimeError: broken snapshot"] * SAME_STEP
+    assert {file.name for file in run.run.glob("logs/*.end.json")} <= ENDS
     assert "stopped: failed 3 times at step 0, last with status 70" in row(run)
     shown = reprise("logs", "run", "--runs", ".", cwd=run.run.parent)
     assert "broken snapshot" in shown.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -361,6 +362,25 @@ def test_a_job_is_queued_again_without_its_record_a_few_times(
     assert supervise.main(137, [str(tmp_path)]) == 137
     assert asked == ["squeue"]
     assert "rank 1: no shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("restarts", "again"), [("1", True), ("5", False)])
+def test_a_job_whose_record_cannot_be_written_is_queued_again_too(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    restarts: str,
+    again: bool,
+) -> None:
+    JOB.save(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Job, "save", full)
+    assert supervise.supervise(130, tmp_path) == again
+    assert "No space left on device" in capsys.readouterr().out
 
 
 def test_a_consolidated_network_is_no_run_of_its_own(tiny: Config, tmp_path: Path) -> None:
