@@ -95,13 +95,16 @@ def _tracking() -> Iterator[Finding]:
 
 
 def _locks(profile: Profile | None) -> Iterator[Finding]:
-    """Where runs lie: here, or where the nodes see them; one that nobody can own does not train."""
-    folder = Path.cwd()
-    shared = profile.shared if profile else None
-    if shared is not None and not folder.is_relative_to(shared):
-        folder = shared
+    """A run that nobody can own is not trained."""
+    folder = _folder(profile)
     with tempfile.TemporaryDirectory(dir=folder) as own, Lock(Path(own) / "lock", timeout=0):
         yield Finding("locks", f"{folder} has them")
+
+
+def _folder(profile: Profile | None) -> Path:
+    """Where runs are to be: here, or where the nodes see them."""
+    here, shared = Path.cwd(), profile.shared if profile else None
+    return here if shared is None or here.is_relative_to(shared) else shared
 
 
 def _shards(data: Path, ranks: int) -> Iterator[Finding]:
@@ -169,7 +172,8 @@ def _reach(profile: Profile) -> Iterator[Finding]:
     """Two nodes, one rank for each of their GPUs, as soon as SLURM has them."""
     request = Request(profile, 2, profile.gpus_per_node, MINUTES)
     options = submit.sbatch_options(request)
-    command = ("srun", *options, "--kill-on-bad-exit=1", sys.executable, "-m", "jobs.reach")
+    python = (sys.executable, "-m", "jobs.reach", str(_folder(profile)))
+    command = ("srun", *options, "--kill-on-bad-exit=1", *python)
     try:
         yield Finding("two nodes", scheduler.ask(*command, wait=None).strip())
     except scheduler.Refused as refused:
@@ -178,4 +182,4 @@ def _reach(profile: Profile) -> Iterator[Finding]:
         if not lines:
             raise
         said = "; ".join(line.removeprefix("error: ") for line in dict.fromkeys(lines))
-        yield Finding("two nodes", "do not reach each other", said)
+        yield Finding("two nodes", "not all right", said)

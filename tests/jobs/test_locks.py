@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from jobs import doctor, runs, submit
 from jobs.clusters import Profile
 from pipeline import configure
 from pipeline.run_directory import RunDirectory
+from tests.conftest import ROOT
+from tests.jobs.command import PATIENCE
 
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -67,3 +72,40 @@ def test_a_lock_that_is_held_is_another_matter(tmp_path: Path) -> None:
     with Lock(tmp_path / "lock"), pytest.raises(Timeout):
         Lock(tmp_path / "lock", timeout=0).acquire()
     Lock(tmp_path / "lock", timeout=0).acquire()
+
+
+RANK = """
+import fcntl, os, sys
+from jobs import reach
+if os.environ["RANK"] in sys.argv[2:]:
+    fcntl.flock = lambda *_: None
+sys.argv = ["reach", sys.argv[1]]
+sys.exit(reach.main())
+"""
+
+
+@pytest.mark.parametrize("alone", [(), ("1",)])
+def test_nodes_whose_locks_are_their_own_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: tuple[str, ...]
+) -> None:
+    """Such as those of Lustre's localflock, which each node keeps to itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, tmp_path, *alone], cwd=ROOT,
+            env=os.environ | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for rank in range(2)
+    ]  # fmt: skip
+    (out, err), _ = said = [rank.communicate(timeout=PATIENCE) for rank in ranks]
+    assert {rank.returncode for rank in ranks} == {2 if alone else 0}, said
+    if alone:
+        assert f"error: {tmp_path}: a node takes a lock that another one holds" in err
+        assert "Lustre: -o flock, not localflock" in err
+    else:
+        assert "2 ranks on" in out
+    assert not list(tmp_path.glob("*lock*"))

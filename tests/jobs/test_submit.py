@@ -627,8 +627,8 @@ def test_nodes_that_do_not_find_each_other_are_one_line(
             "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}  # fmt: skip
     kept = {name: text for name, text in os.environ.items() if name not in scheduler.LAUNCHERS}
     rank = subprocess.run(
-        [sys.executable, "-m", "jobs.reach"], cwd=ROOT, env=kept | step, capture_output=True,
-        text=True, timeout=PATIENCE,
+        [sys.executable, "-m", "jobs.reach", tmp_path], cwd=ROOT, env=kept | step,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert rank.returncode == Exit.USER_ERROR
     assert rank.stdout == ""
@@ -640,7 +640,7 @@ def test_nodes_that_do_not_find_each_other_are_one_line(
     (full / "srun").write_text(f'#!/bin/sh\ncat "{tmp_path}/said" >&2\nexit 2\n')
     (found,) = doctor._reach(CLUSTER.profile)
     cure = line.removeprefix("error: ")
-    assert str(found) == f"bad  two nodes: do not reach each other: {cure}"
+    assert str(found) == f"bad  two nodes: not all right: {cure}"
     (tmp_path / "said").write_text("srun: error: Unable to allocate resources: no such account\n")
     with pytest.raises(ValueError, match=r"srun refuses: .* no such account"):
         list(doctor._reach(CLUSTER.profile))
