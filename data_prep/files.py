@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced, renamed; and locks on them."""
+"""Files that are whole or not there: written aside, synced, renamed; locks and checksums."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock
+from zlib_ng.zlib_ng import crc32
 
 # What flock says of a file system that has no locks, or that lost the service for them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+# Where a ustar header has the owner's name, in which each member of a shard has its checksum.
+CHECKSUM_PLACE = 265
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -36,6 +39,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 def name_aside(path: Path) -> Path:
     """Where to write what is to be ``path``: host and process keep two writers of it apart."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def checksum(content: bytes | memoryview) -> str:
+    """CRC-32 in hexadecimal: the owner's name in the header of ``content`` in a shard."""
+    return f"{crc32(content):08x}"
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.facts import Facts
+from data_prep.files import checksum
 from data_prep.images import RejectedImageError, Treatment, check, counted_size, own_pixel_limit
 from data_prep.manifest import (
     CARD_NAME,
@@ -22,7 +23,7 @@ from data_prep.manifest import (
     Shard,
 )
 from data_prep.parallel import run_parallel
-from data_prep.writer import checksum, index_bytes, index_line
+from data_prep.writer import index_bytes, index_line
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
 
-from data_prep.files import name_aside, write_atomically
+from data_prep.files import CHECKSUM_PLACE, name_aside, write_atomically
 from data_prep.manifest import Shard
 
 INDEX_VERSION = "v1.2"
@@ -20,10 +20,11 @@ class ShardWriter:
 
     The file has its name only once it is complete, after its index.
 
-    A plain ustar archive without times and owners. The owner's name in each header is the CRC-32
-    of the content in hexadecimal: neither JPEG nor tar notices a flipped byte in an image, and the
-    shard's own hash cannot say which sample is damaged. The index, ``stem.idx``, has DALI's format:
-    ``v1.2 N``, then one line of ``extension offset size name`` per component for each sample.
+    A plain ustar archive without times and owners. The owner's name in each header is the content's
+    `checksum`, which verification and training compare: neither JPEG nor tar notices a flipped byte
+    in an image, and the shard's own hash cannot say which sample is damaged. The index,
+    ``stem.idx``, has DALI's format: ``v1.2 N``, then one line of ``extension offset size name`` per
+    component for each sample.
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
@@ -84,15 +85,6 @@ class ShardWriter:
         self._aside.unlink(missing_ok=True)
 
 
-def checksum(content: bytes) -> str:
-    """What stands as the owner's name in the header of ``content``."""
-    return checksum_text(crc32(content))
-
-
-def checksum_text(crc: int) -> str:
-    return f"{crc:08x}"
-
-
 def index_line(components: Iterable[tuple[str, int, int, str]]) -> str:
     """The index's line of one sample, from (extension, offset, size, name) of its components."""
     return " ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in components)
@@ -112,8 +104,8 @@ def _padding(size: int) -> bytes:
 
 _PLAIN = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 # To fill in: the name, the size, the sum of all bytes, where its own count as blanks, the owner.
-_HEADER = b"%b" + _PLAIN[100:124] + b"%011o" + _PLAIN[135:148] + b"%06o" + _PLAIN[154:265]
-_HEADER += b"%08x" + _PLAIN[273:]
+_HEADER = b"%b" + _PLAIN[100:124] + b"%011o" + _PLAIN[135:148] + b"%06o"
+_HEADER += _PLAIN[154:CHECKSUM_PLACE] + b"%08x" + _PLAIN[CHECKSUM_PLACE + 8 :]
 _PLAIN_SUM = sum(_PLAIN) - sum(_PLAIN[124:135]) - sum(_PLAIN[148:156]) + 8 * ord(" ")
 
 

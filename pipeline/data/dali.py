@@ -249,5 +249,6 @@ def _naming_the_culprit(samples: list[Sample]) -> Iterator[None]:
         raise ShardError(
             f"{first.shard.name}, key {first.key}: DALI cannot decode this or one of the "
             f"{len(samples) - 1} samples after it, though Pillow can "
-            f"({str(error).splitlines()[0]}): use data.reader=torch"
+            f"({str(error).splitlines()[0]}): run `reprise verify {first.shard.parent}`; if it "
+            "finds nothing, use data.reader=torch"
         ) from error

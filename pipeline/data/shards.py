@@ -13,10 +13,11 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from data_prep.files import OpenFiles
+from data_prep.files import CHECKSUM_PLACE, OpenFiles, checksum
 from data_prep.manifest import Manifest, Shard, Split
 
 TAR_BLOCK = 512
+OWNER_LENGTH = 32
 INDEX_VERSION = "v1.2"
 IMAGE_EXTENSIONS = ("jpg", "png")
 
@@ -80,7 +81,8 @@ class ShardSet:
     def read(self, samples: npt.NDArray[np.int64]) -> list[Sample]:
         """The samples of these ids, in this order, each by one positioned read.
 
-        Raises ShardError where a tar header does not name the sample or the label is no class.
+        Raises ShardError where a tar header does not name the sample, its content is not what was
+        prepared, or the label is no class.
         """
         shards = np.searchsorted(self._ends, samples, side="right").tolist()
         names = self._names[samples].tolist()
@@ -106,10 +108,10 @@ class ShardSet:
         path = self._paths[number]
         if os.preadv(self._files.descriptor(number), [data], start) != len(data):
             raise _sample_error(path, key, image, "the shard ends within this sample")
-        for offset, member in ((image, name), (label, f"{key}.cls".encode())):
-            # Catches a shard whose contents moved or are another's.
-            if not data.startswith(member + b"\0", offset - TAR_BLOCK - start):
-                problem = f"the tar header of {member.decode()} is not at {offset - TAR_BLOCK}"
+        label_name = f"{key}.cls".encode()
+        for offset, length, member in ((image, size, name), (label, label_size, label_name)):
+            # Catches a shard whose contents moved or are another's, or that is damaged.
+            if problem := _damage(data, offset - start, length, offset - TAR_BLOCK, member):
                 raise _sample_error(path, key, image, problem)
         text = data[label - start : label - start + label_size]
         if not text.isdigit() or int(text) >= self._classes:
@@ -119,8 +121,27 @@ class ShardSet:
         return Sample(encoded, int(text), key, extension, path, image)
 
 
+def _damage(data: bytearray, begin: int, size: int, header: int, member: bytes) -> str | None:
+    """What is wrong with the content at `begin` of `data`, whose tar header is `header` of the tar.
+
+    Damaged JPEGs decode to other pixels, and damaged PNGs end torchvision's process: nothing is
+    decoded that is not what was prepared.
+    """
+    if not data.startswith(member + b"\0", begin - TAR_BLOCK):
+        return f"the tar header of {member.decode()} is not at {header}"
+    found = checksum(memoryview(data)[begin : begin + size])
+    owner = begin - TAR_BLOCK + CHECKSUM_PLACE
+    if data.startswith(found.encode() + b"\0", owner):
+        return None
+    said = data[owner : owner + OWNER_LENGTH].partition(b"\0")[0].decode("ascii", "replace")
+    return f"the CRC-32 of {member.decode()} is {found}, its tar header says {said!r}"
+
+
 def _cure(root: Path) -> str:
-    return f"run `reprise verify {root}`, then prepare the set again"
+    return (
+        f"run `reprise verify {root}`, then prepare the set again, or stage it again if it is a "
+        "copy"
+    )
 
 
 def _sample_error(shard: Path, key: str, offset: int, problem: str) -> ShardError:

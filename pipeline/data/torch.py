@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.context
+import signal
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,14 @@ from pipeline.data.shards import ShardError, ShardSet
 from pipeline.signals import withheld
 
 AHEAD = 2  # batches per worker process
+PATIENCE = 5  # seconds until the status of a worker that has ended is known
+WANT = "give fewer (data.workers), or smaller batches"
+CAUSES = {
+    signal.SIGKILL: f"most likely for want of memory: {WANT}",
+    signal.SIGBUS: f"most likely for want of shared memory (/dev/shm): {WANT}",
+}
+TRY_DALI = "try data.reader=dali"
+OTHER_CAUSE = f"not by a damaged image, which its checksum would have told of: {TRY_DALI}"
 
 
 class TorchReader:
@@ -83,17 +93,18 @@ class TorchReader:
             wds.batched(plan.batch_size, collation_fn=_collate, partial=True),
             _errors_as_items,
         )
+        processes = _clean_processes() if workers else None
         loader = wds.WebLoader(
             pipeline,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
-            multiprocessing_context=_clean_processes() if workers else None,
+            multiprocessing_context=processes,
             # Without one of its own it draws from the default generator at every start, which
             # would shift the gates' noise in a resumed run.
             generator=torch.Generator(),
         )
-        return _naming_the_killed(iter(loader))
+        return _naming_the_killed(iter(loader), processes)
 
 
 @dataclass(frozen=True)
@@ -182,13 +193,36 @@ def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> 
     return box
 
 
-def _clean_processes() -> multiprocessing.context.ForkServerContext:
+class _Workers(multiprocessing.context.ForkServerContext):
+    """A context that knows the processes that the loader started with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[ForkServerProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> ForkServerProcess:  # type: ignore[override]
+        worker = ForkServerProcess(*args, **kwargs)
+        self._started.append(worker)
+        return worker
+
+    def ending(self) -> str:
+        """How those that have ended did, and what to do about it."""
+        connection.wait([worker.sentinel for worker in self._started], PATIENCE)
+        codes = [worker.exitcode for worker in self._started if worker.exitcode is not None]
+        signals = [signal.Signals(-code) for code in codes if code < 0]
+        if not signals:
+            return f"ended with status {max(codes, default=0)}: {TRY_DALI}"
+        first = min(signals, key=lambda number: number not in CAUSES)
+        return f"was ended by {first.name}, {CAUSES.get(first, OTHER_CAUSE)}"
+
+
+def _clean_processes() -> _Workers:
     """Workers from a server without threads.
 
     A fork of the training process can hang on a lock or a library's thread that it did not get.
     The server imports once what the workers need; it ends with this process.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = _Workers()
     context.set_forkserver_preload([__name__, "webdataset", "torchvision.transforms.v2"])
     # The trainer may want one more batch of them. To start the tracker takes two of the signals off
     # the mask that the workers inherit from the server.
@@ -199,7 +233,7 @@ def _clean_processes() -> multiprocessing.context.ForkServerContext:
 
 
 def _naming_the_killed(
-    batches: Generator[Decoded | ShardError, None, None],
+    batches: Generator[Decoded | ShardError, None, None], processes: _Workers | None
 ) -> Generator[Decoded | ShardError, None, None]:
     """The same batches; raises ValueError where a worker process has ended."""
     try:
@@ -208,10 +242,8 @@ def _naming_the_killed(
         # The last two come where it had said that a batch is ready, and cannot hand it over.
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise ValueError(
-            "a worker process of the reader was killed, most likely for want of memory: give fewer "
-            "(data.workers), or smaller batches"
-        ) from error
+        assert processes is not None, "there are workers where one can end"
+        raise ValueError(f"a worker process of the reader {processes.ending()}") from error
 
 
 def _collate(items: Iterable[tuple[torch.Tensor, int, str]]) -> Decoded:

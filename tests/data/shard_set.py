@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,10 @@ def encode(pixels: np.ndarray, extension: str) -> bytes:
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[str, int, int, str]:
-    """Append a member; returns its entry for the index."""
+    """Append a member, with its checksum; returns its entry for the index."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
+    member.uname = f"{zlib.crc32(data):08x}"
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     return name.rpartition(".")[2], offset, len(data), name

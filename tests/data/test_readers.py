@@ -3,6 +3,8 @@
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -295,15 +297,36 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_trainer(shards):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_killed_worker_is_said_to_be_one(plain):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, r"was ended by SIGKILL, most likely for want of memory: .*data\.workers"),
+        (signal.SIGSEGV, r"was ended by SIGSEGV, .*: try data\.reader=dali$"),
+    ],
+)
+def test_a_worker_that_dies_is_said_to_by_its_signal(plain, number, words):
     loader = training(plain, "torch", 2)
     batches = iter(loader)
     next(batches)
     for process in multiprocessing.active_children():
-        process.kill()
-    with pytest.raises(ValueError, match=r"a worker process .* was killed.*data\.workers"):
+        os.kill(process.pid, number)
+    with pytest.raises(ValueError, match=f"^a worker process of the reader {words}"):
         list(batches)
     loader.close()
+
+
+def test_what_dali_alone_cannot_decode_is_to_be_verified_first(plain, monkeypatch):
+    def broken(self, pipeline):
+        raise RuntimeError("Critical error in pipeline:\nmore")
+
+    monkeypatch.setattr(DaliReader, "_output", broken)
+    with pytest.raises(
+        ValueError,
+        match=r"^train-000000.tar, key train-0000\d+: DALI cannot decode .* though Pillow can "
+        rf"\(Critical error in pipeline:\): run `reprise verify {plain.root}`; if it finds "
+        r"nothing, use data.reader=torch$",
+    ):
+        list(training(plain))
 
 
 @readers

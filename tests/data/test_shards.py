@@ -1,8 +1,10 @@
 """Damaged shard sets: refused at the start or at the sample, with shard, key and offset."""
 
+import itertools
 import pickle
 import shutil
 import tarfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 import webdataset
 
 from pipeline.config import Augmentation
-from pipeline.data import eval_loader
+from pipeline.data import eval_loader, train_loader
 from pipeline.data.shards import ShardSet
 from pipeline.distributed import World
 
@@ -44,6 +46,10 @@ def overwrite(path, offset, data):
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
+
+
+def flip(path, offset):
+    overwrite(path, offset, bytes([path.read_bytes()[offset] ^ 1]))
 
 
 def test_samples_are_those_of_the_tars(made):
@@ -218,11 +224,70 @@ def test_an_empty_split_is_refused(made):
         opened(empty)
 
 
+def test_a_flipped_byte_in_an_image_is_noticed(made):
+    offset, size = place(made, "test-000000", 2)
+    flip(made.root / "test-000000.tar", offset + size // 2)
+    with pytest.raises(
+        ValueError,
+        match=rf"^test-000000.tar, key test-00000013, offset {offset}: the CRC-32 of "
+        rf"test-00000013.jpg is [0-9a-f]{{8}}, its tar header says '[0-9a-f]{{8}}'; run `reprise "
+        rf"verify {made.root}`, then prepare the set again, or stage it again if it is a copy$",
+    ):
+        read_all(made)
+
+
+def test_a_flipped_byte_in_a_label_is_noticed(made):
+    """Even where another class comes of it."""
+    offset, size = place(made, "test-000000", 2)
+    overwrite(made.root / "test-000000.tar", offset + -(-size // 512) * 512 + 512, b"7")
+    with pytest.raises(ValueError, match=rf"offset {offset}: the CRC-32 of test-00000013.cls is"):
+        read_all(made)
+
+
+def test_a_shard_without_checksums_is_refused(made):
+    """Such as another program writes."""
+    offset, _ = place(made, "test-000000", 0)
+    overwrite(made.root / "test-000000.tar", offset - 512 + 265, b"root".ljust(32, b"\0"))
+    with pytest.raises(ValueError, match=r"test-00000011.jpg is .*, its tar header says 'root'"):
+        read_all(made)
+
+
+@pytest.mark.parametrize(("reader", "workers"), [*itertools.product(("dali", "torch"), (0, 1))])
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_a_flipped_byte_is_never_trained_on(tmp_path, extension, reader, workers):
+    made = shard_set.build(tmp_path, train=(5,), test=(1,), extension=extension)
+    offset, size = place(made, "train-000000", 3)
+    flip(made.root / "train-000000.tar", offset + size // 2)
+    loader = train_loader(
+        made,
+        reader=reader,
+        augment=Augmentation(),
+        global_batch=1,
+        accumulation=1,
+        world=World(),
+        seed=0,
+        workers=workers,
+    )
+    keys = []
+    with (
+        closing(loader),
+        pytest.raises(ValueError, match=rf"^train-000000.tar, key train-00000003, offset {offset}"),
+    ):
+        keys.extend(batch.keys for batch in loader)
+    assert ("train-00000003",) not in keys
+
+
 @pytest.mark.parametrize(("reader", "workers"), READERS)
 @pytest.mark.parametrize("sizes", [(32, 32, 32, 32), (16, 64, 16, 64)])
-def test_an_image_that_cannot_be_decoded_is_named(made, reader, workers, sizes):
-    offset, size = place(made, "test-000001", 4)
-    overwrite(made.root / "test-000001.tar", offset, bytes(size))
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, reader, workers, sizes):
+    image = shard_set.encode(shard_set.picture(0), "jpg")
+    samples = [
+        (f"{row:02d}", "jpg", bytes(len(image)) if row == 12 else image, b"1") for row in range(15)
+    ]
+    shard = shard_set.write_shard(tmp_path, "test-000000", samples)
+    split = shard_set.Split("test", (shard,), (15, *(0,) * 9))
+    made = shard_set.manifest(tmp_path, {"test": split}, [(32, 32)])
+    offset, _ = place(made, "test-000000", 12)
     loader = eval_loader(
         replace(made, image_size=sizes),
         reader=reader,
@@ -234,12 +299,12 @@ def test_an_image_that_cannot_be_decoded_is_named(made, reader, workers, sizes):
     handed_out = []
     with pytest.raises(
         ValueError,
-        match=rf"^test-000001.tar, key test-00000023, offset {offset}: the image cannot be "
-        rf"decoded; run `reprise verify \S+`, then prepare the set again$",
+        match=rf"^test-000000.tar, key 12, offset {offset}: the image cannot be "
+        r"decoded; run `reprise verify \S+`, then prepare the set again, or stage it .*$",
     ):
         handed_out.extend(batch.keys for batch in loader)
     keys = [key for batch in handed_out for key in batch]
-    assert keys == [f"test-{number:08d}" for number in range(11, 11 + len(keys))]
+    assert keys == [f"{number:02d}" for number in range(len(keys))]
     # Whether the batches just before the bad one are still handed out is not promised.
     assert 8 <= len(keys) <= 12
 
