@@ -49,6 +49,12 @@ class Split:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def sha256(self) -> str:
+        """Identity of its samples and of the order that they lie in."""
+        text = "".join(f"{shard.sha256}\n" for shard in self.shards)
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from pipeline.models import Network
 from pipeline.training import phases
 from pipeline.training.checkpoint import Checkpoint, CheckpointError
 from pipeline.training.plan import build_model
+
+log = logging.getLogger(__name__)
 
 # Where and how, or how often it is told: keys and beginnings of keys.
 FREE = (
@@ -32,8 +35,28 @@ FREE = (
 )
 
 
+# The samples that an epoch visits, and their order.
+SAMPLES = "train_shards_sha256"
+
+_SAME_CLASSES = "give a shard set with the classes it was trained on, in their order"
+_SAME_SET = "give the shard set it was trained on"
+_CURES = {
+    "model": "use the model it was trained with",
+    "classes": _SAME_CLASSES,
+    "class_map_sha256": _SAME_CLASSES,
+    "channel_mean": _SAME_SET,
+    "channel_std": _SAME_SET,
+    SAMPLES: "prepare the images with the seed and the shard size of the set it was trained on",
+}
+
+
 def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What must not change over the life of a run directory."""
+    return network_identity(config, manifest) | {SAMPLES: manifest.train.sha256}
+
+
+def network_identity(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What a trained network must agree on with the images that it is shown."""
     return {
         "model": config.model,
         "classes": len(manifest.classes),
@@ -44,14 +67,26 @@ def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose identity (model, class map) is not the one expected."""
+    """Refuse a checkpoint whose identity (model, class map, samples) is not the one expected."""
     saved = checkpoint.load("identity")
+    if SAMPLES in identity and SAMPLES not in saved:
+        log.warning(
+            "checkpoint %s does not say which training samples it saw, as it was saved by an "
+            "earlier release: go on only with the shard set that it was trained on",
+            checkpoint.path,
+        )
+        identity = {key: value for key, value in identity.items() if key != SAMPLES}
     for key, expected in identity.items():
         if saved.get(key) != expected:
+            before, now = _in_brief(key, saved.get(key)), _in_brief(key, expected)
             raise CheckpointError(
-                f"checkpoint {checkpoint.path} has {key} {saved.get(key)}, now {expected}: use the "
-                f"{key.replace('_', ' ')} it was trained with, or start a new run directory"
+                f"checkpoint {checkpoint.path} has {key} {before}, now {now}: {_CURES[key]}, or "
+                "start a new run"
             )
+
+
+def _in_brief(key: str, value: Any) -> str:
+    return str(value)[:12] if key.endswith("sha256") else str(value)
 
 
 def check_config(checkpoint: Checkpoint, config: Config) -> None:
@@ -105,7 +140,7 @@ def trained_network(
     Raises:
         CheckpointError: it is of another model or class map.
     """
-    check_identity(checkpoint, identity(config, manifest))
+    check_identity(checkpoint, network_identity(config, manifest))
     model = build_model(config, len(manifest.classes))
     load_model(model, checkpoint.path, evaluated_weights(checkpoint))
     reached = checkpoint.load("rank-00000")["progress"]["phase"]

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import re
+import shutil
 import unittest.mock
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
+from data_prep.prepare import prepare
+from data_prep.sources import open_source
+from data_prep.stage import stage
 from jobs.console import TrainingDisplay
 from jobs.errors import Exit
+from jobs.trained import Evaluate
 from pipeline.config import Config
 from pipeline.data import Loader
 from pipeline.distributed import World
@@ -22,7 +28,7 @@ from pipeline.tracking import history
 from pipeline.training import checkpoint
 from pipeline.training import run as runs
 from pipeline.training.checkpoint import CheckpointStore, read_state, write_state
-from pipeline.training.plan import plan
+from pipeline.training.plan import STAGED, plan
 from pipeline.training.trainer import Progress
 from tests.training.conftest import Tiny, digest, trace, train
 from tests.training.processes import on_ranks
@@ -195,9 +201,13 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(
 
 
 CHANGED = {
-    "class_map_sha256": "0" * 64,
-    "model": "resnet20",
-    "channel_mean": [0.0, 0.0, 0.0],
+    "class_map_sha256": (
+        "0" * 64,
+        f"{'0' * 12}, now .* with the classes it was trained on, in their",
+    ),
+    "model": ("resnet20", "resnet20, now dr_resnet16: use the model it was trained with, or start"),
+    "channel_mean": ([0.0, 0.0, 0.0], r"\[0.0, .* now .*: give the shard set it was trained on"),
+    "train_shards_sha256": ("0" * 64, f"{'0' * 12}, now .*: prepare the images with the seed and"),
 }
 
 
@@ -207,9 +217,59 @@ def test_a_checkpoint_of_something_else_is_refused(
 ) -> None:
     config, run = tiny.config(), tmp_path / "run"
     assert train(config, run, stop_after=2) == 0
-    edit(run, "identity", lambda state: state | {key: CHANGED[key]})
+    value, words = CHANGED[key]
+    edit(run, "identity", lambda state: state | {key: value})
     assert train(config, run) == Exit.USER_ERROR
-    assert f"has {key} {CHANGED[key]}" in capsys.readouterr().err
+    assert re.search(f"has {key} {words}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"samples_per_shard": 16}], ids=str)
+def test_the_same_images_prepared_otherwise_are_refused_for_training_alone(
+    images: Path,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, int],
+) -> None:
+    """Their order is another, so that a resumed epoch would see some twice and some never."""
+    data, moved = tmp_path / "set", tmp_path / "moved"
+    shutil.copytree(tiny.shards, data)
+    config, run = Tiny(data).config(), tmp_path / "run"
+    assert train(config, run, stop_after=2) == 0
+    data.rename(moved)
+    prepare(open_source("folder", images), data, **({"samples_per_shard": 40} | settings))
+    before, now = (Manifest.load(root).train.sha256[:12] for root in (moved, data))
+    assert train(config, run) == Exit.USER_ERROR
+    assert f"has train_shards_sha256 {before}, now {now}" in capsys.readouterr().err
+    (summary, _), *_ = Evaluate(run, data, quiet=True)()
+    assert summary.samples == 16
+
+
+def test_a_set_may_move_and_be_staged(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, fast, run = tmp_path / "moved", tmp_path / "fast", tmp_path / "run"
+    assert train(tiny.config(), run, stop_after=2) == 0
+    shutil.copytree(tiny.shards, moved)
+    stage(tiny.shards, fast)
+    monkeypatch.setenv(STAGED, str(fast))
+    config = Tiny(moved).config()
+    RunDirectory(run).config_file.write_text(config.to_yaml())
+    assert train(config, run, stop_after=4) == 0
+
+
+def test_a_checkpoint_from_before_the_samples_were_recorded_is_gone_on_from(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    config, run = tiny.config(), tmp_path / "run"
+    assert train(config, run, stop_after=2) == 0
+    edit(
+        run,
+        "identity",
+        lambda state: {k: v for k, v in state.items() if k != "train_shards_sha256"},
+    )
+    assert train(config, run, stop_after=4) == 0
+    assert "does not say which" in (run / "logs" / "rank-0.log").read_text()
 
 
 def test_a_changed_configuration_is_refused_where_it_decides_the_training(
