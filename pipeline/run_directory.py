@@ -32,6 +32,7 @@ class RunDirectory:
         self.path = path
         self.config_file = path / CONFIG
         self.checkpoints = path / "checkpoints"
+        self.newest_saved = path / "saved.json"
         self.logs = path / "logs"
         self.evaluation = path / "evaluation"
         self.report = path / "report.html"

@@ -56,12 +56,19 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in the order of their steps (never of their times)."""
+    """The checkpoints of one run, in the order of their steps (never of their times).
 
-    def __init__(self, folder: Path, world: World, keep_last: int) -> None:
+    `record` is a file elsewhere that knows the newest step that was saved: without it, a folder
+    that was emptied would look like that of a run that never saved.
+    """
+
+    def __init__(
+        self, folder: Path, world: World, keep_last: int, record: Path | None = None
+    ) -> None:
         self.folder = folder
         self.world = world
         self.keep_last = keep_last
+        self.record = record
 
     def save(
         self, step: int, states: Mapping[str, State], own: State, score: float | None = None
@@ -101,6 +108,8 @@ class CheckpointStore:
             _, failure = _attempt(lambda: _publish(partial, final, manifest))
         self._agree(partial, failure)
         if self.world.is_main:
+            # After the checkpoint: a record that says too little refuses no run that is good.
+            self._record(step)
             self._prune()
         return _checkpoint(final, manifest)
 
@@ -110,7 +119,7 @@ class CheckpointStore:
         A damaged one is named in the log and renamed aside.
 
         Raises:
-            CheckpointError: there are checkpoints, and all of them are damaged.
+            CheckpointError: there are checkpoints, and all of them are damaged; or there were.
         """
         found: Checkpoint | str | None = None
         if self.world.is_main:
@@ -135,7 +144,9 @@ class CheckpointStore:
         for path in reversed(_directories(self.folder)):
             damage = inspect(path)
             if damage is None:
-                return _describe(path)
+                found = _describe(path)
+                self._compare(found)
+                return found
             aside = self.folder / f"{DAMAGED}{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -145,7 +156,40 @@ class CheckpointStore:
                 f"all {len(damaged)} checkpoints in {self.folder} are damaged: restore one from a "
                 "backup and remove its prefix 'damaged-', or start a new run directory"
             )
+        if self.record is not None and self.record.is_file():
+            raise CheckpointError(
+                f"{self.folder} is empty, though this run had saved step {self._recorded()}: "
+                "restore a checkpoint from a backup, or start a new run with another --run folder"
+            )
         return None
+
+    def _compare(self, found: Checkpoint | None) -> None:
+        """The newest checkpoint there is with the newest that there was."""
+        recorded = self._recorded()
+        if found is None or recorded == found.step:
+            return
+        if recorded is not None and recorded > found.step:
+            if not (self.folder / f"{DAMAGED}step-{recorded:09d}").exists():
+                log.warning(
+                    "step %d was saved and is gone: going on from step %d", recorded, found.step
+                )
+        else:
+            self._record(found.step)
+
+    def _recorded(self) -> int | None:
+        """The newest step that was saved; None where it is not known."""
+        try:
+            return None if self.record is None else int(json.loads(self.record.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _record(self, step: int) -> None:
+        if self.record is None:
+            return
+        try:
+            write_atomically(self.record, json.dumps({"step": step}).encode())
+        except OSError as error:
+            log.warning("cannot record that step %d is saved: %s", step, error)
 
     def _agree(self, partial: Path, failure: str | None) -> None:
         failures = [text for text in self.world.gather(failure) if text]

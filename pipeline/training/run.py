@@ -117,7 +117,9 @@ def _build(
             "train.precision=fp32 is faster here",
             config.train.precision,
         )
-    store = CheckpointStore(directory.checkpoints, world, config.checkpoints.keep_last)
+    store = CheckpointStore(
+        directory.checkpoints, world, config.checkpoints.keep_last, directory.newest_saved
+    )
     newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))
     if newest is None and config.init_from:

@@ -68,6 +68,64 @@ def test_none_before_the_first(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none", World(), 2).newest() is None
 
 
+def recorded(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints", World(), 2, folder / "saved.json")
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    store.save(step, states(step), {"progress": {"step": step}})
+
+
+def test_an_emptied_folder_is_refused_where_something_was_saved(tmp_path: Path) -> None:
+    store = recorded(tmp_path)
+    assert store.newest() is None
+    save(store, 5)
+    assert newest(store).step == 5
+    shutil.rmtree(store.folder)
+    with pytest.raises(CheckpointError, match=r"is empty, though this run had saved step 5: "):
+        store.newest()
+
+
+def test_a_kill_before_the_record_leaves_a_good_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record may say less than there is, and learns of it at the next start."""
+    store = recorded(tmp_path)
+
+    def killed(self: CheckpointStore, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 5)
+    assert newest(store).step == 5
+    shutil.rmtree(store.folder)
+    with pytest.raises(CheckpointError, match="had saved step 5"):
+        store.newest()
+
+
+def test_a_record_that_cannot_be_written_costs_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = recorded(tmp_path)
+    (tmp_path / "saved.json").mkdir()
+    save(store, 5)
+    assert newest(store).step == 5
+    assert "cannot record that step 5 is saved" in caplog.text
+
+
+def test_a_newest_checkpoint_that_is_gone_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = recorded(tmp_path)
+    save(store, 5)
+    save(store, 10)
+    shutil.rmtree(store.folder / "step-000000010")
+    assert newest(store).step == 5
+    assert "step 10 was saved and is gone: going on from step 5" in caplog.text
+
+
 def test_the_newest_is_that_of_the_highest_step_whatever_the_clock_says(tmp_path: Path) -> None:
     store = saved(tmp_path, 5, 10)
     for path in (tmp_path / "step-000000005").rglob("*"):

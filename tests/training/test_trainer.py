@@ -336,6 +336,29 @@ def test_every_checkpoint_bad_refuses_to_start_again(
     assert "are damaged" in capsys.readouterr().err
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scratch file systems remove what is old."""
+    config, run = tiny.config(), tmp_path / "run"
+    assert train(config, run, stop_after=2) == 0
+    checkpoints = run / "checkpoints"
+    for gone in (lambda: shutil.rmtree(checkpoints), lambda: None):  # the second finds it empty
+        gone()
+        assert train(config, run) == Exit.USER_ERROR
+        message = capsys.readouterr().err
+        assert f"{checkpoints} is empty, though this run had saved step 2" in message
+        assert "from a backup, or start a new run with another --run folder" in message
+    assert "loss" not in (run / "logs" / "rank-0.log").read_text().partition("resume with")[2]
+
+
+def test_a_run_that_never_saved_starts_again(tiny: Tiny, tmp_path: Path) -> None:
+    config, run = tiny.config(**{"optimizer.lr": 1e30, "schedule.name": "constant"}), tmp_path / "r"
+    for _ in range(2):
+        assert train(config, run) == Exit.NON_FINITE
+    assert (run / "logs" / "rank-0.log").read_text().count("starting a new run") == 2
+
+
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     tiny: Tiny, tmp_path: Path
 ) -> None:
