@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import shutil
 import socket
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -39,6 +41,42 @@ def write_atomically(path: Path, data: bytes) -> None:
 def name_aside(path: Path) -> Path:
     """Where to write what is to be ``path``: host and process keep two writers of it apart."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def replace_folder(path: Path, made: Path) -> None:
+    """``made``, a finished folder beside ``path``, becomes ``path``; what was there is deleted.
+
+    Linux exchanges the two names, so that at every moment one of the folders is ``path``. Where a
+    file system cannot (NFS), there is a moment in which a kill leaves no ``path``: the folder that
+    was there is then ``.NAME.before``, and ``made`` has the name it had.
+    """
+    before = path.with_name(f".{path.name}.before")
+    for content in sorted(made.rglob("*")):
+        sync(content)
+    sync(made)
+    if not path.exists():
+        made.rename(path)
+    elif not _exchange(made, path):
+        shutil.rmtree(before, ignore_errors=True)
+        path.rename(before)
+        made.rename(path)
+    sync(path.parent)
+    for old in (made, before):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders have each other's name at once; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def checksum(content: bytes | memoryview) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.files import replace_folder
 from pipeline.config import Loss
 from pipeline.data import Loader
 from pipeline.distributed import World
@@ -132,14 +133,16 @@ def _summarise(
 
 
 def save(folder: Path, summary: Summary, samples: Samples) -> None:
-    """Write what the report reads, `summary.json` and `samples.npz`: both or neither."""
+    """Write what the report reads, `summary.json` and `samples.npz`: both or neither.
+
+    Those of an evaluation before stay until they are replaced, both at once.
+    """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     samples.save(aside / SAMPLES)
     (aside / SUMMARY).write_text(json.dumps(asdict(summary), indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    replace_folder(folder, aside)
 
 
 def load(folder: Path) -> tuple[Summary, Samples]:

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data_prep import files
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
 from pipeline.config import Augmentation
@@ -149,6 +152,71 @@ def test_what_is_saved_comes_back(
     for name in ("keys", "labels", "predictions", "losses", "steps"):
         assert (getattr(stored, name) == getattr(samples, name)).all()
     assert [path.name for path in tmp_path.iterdir()] == ["set-test"]
+
+
+WATCHED = ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "open")
+watch: list[Callable[[str], None]] = []
+
+
+def on_audit(event: str, arguments: tuple[object, ...]) -> None:
+    if watch and event in WATCHED:
+        look = watch.pop()  # looking opens files, too
+        look(event)
+        watch.append(look)
+
+
+sys.addaudithook(on_audit)
+
+
+def test_at_every_moment_one_evaluation_is_there_whole(
+    alone: tuple[evaluation.Summary, evaluation.Samples], tmp_path: Path
+) -> None:
+    """A kill leaves what is there before one of the operations on files."""
+    (summary, samples), folder = alone, tmp_path / "set-test"
+    evaluation.save(folder, summary, samples)
+    seen = []
+
+    def look(event: str) -> None:
+        found, stored = evaluation.load(folder)
+        assert len(stored.keys) == found.samples
+        seen.append(found.step)
+
+    watch.append(look)
+    try:
+        evaluation.save(folder, replace(summary, step=8), samples)
+    finally:
+        watch.clear()
+    assert set(seen) == {7, 8}
+    assert seen == sorted(seen)
+    assert evaluation.load(folder)[0].step == 8
+
+
+def test_where_folders_cannot_be_exchanged_a_kill_leaves_both_aside(
+    alone: tuple[evaluation.Summary, evaluation.Samples],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on NFS."""
+    (summary, samples), folder = alone, tmp_path / "set-test"
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == folder and not folder.exists():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    evaluation.save(folder, summary, samples)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.save(folder, replace(summary, step=8), samples)
+    aside = sorted(tmp_path.iterdir())
+    assert [evaluation.load(path)[0].step for path in aside] == [7, 8]
+    for step in (9, 10):
+        evaluation.save(folder, replace(summary, step=step), samples)
+        assert evaluation.load(folder)[0].step == step
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_static_network_has_no_steps(manifest: Manifest) -> None:

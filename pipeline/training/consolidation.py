@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.files import write_atomically
+from data_prep.files import replace_folder, write_atomically
 from data_prep.manifest import Manifest
 from pipeline import exported
 from pipeline.config import Config, ConfigError
@@ -98,6 +98,5 @@ def write(
     states = {"model": weights, "identity": {**identity(config, manifest), "config": config.flat()}}
     CheckpointStore(aside.checkpoints, World(), 1).save(step, states, {"progress": progress})
     exported.save(aside.weights, weights, config, manifest, step)
-    shutil.rmtree(run.consolidated.path, ignore_errors=True)
-    aside.path.rename(run.consolidated.path)
+    replace_folder(run.consolidated.path, aside.path)
     return run.consolidated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from pipeline.models import Network
 from pipeline.training import phases
 from pipeline.training.checkpoint import Checkpoint, CheckpointError
 from pipeline.training.plan import build_model
-
-log = logging.getLogger(__name__)
 
 # Where and how, or how often it is told: keys and beginnings of keys.
 FREE = (
@@ -69,13 +66,6 @@ def network_identity(config: Config, manifest: Manifest) -> dict[str, Any]:
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose identity (model, class map, samples) is not the one expected."""
     saved = checkpoint.load("identity")
-    if SAMPLES in identity and SAMPLES not in saved:
-        log.warning(
-            "checkpoint %s does not say which training samples it saw, as it was saved by an "
-            "earlier release: go on only with the shard set that it was trained on",
-            checkpoint.path,
-        )
-        identity = {key: value for key, value in identity.items() if key != SAMPLES}
     for key, expected in identity.items():
         if saved.get(key) != expected:
             before, now = _in_brief(key, saved.get(key)), _in_brief(key, expected)
