@@ -19,7 +19,7 @@ DUPLICATES_NAME = "duplicates.jsonl"
 CARD_NAME, CARD_PICTURE_NAME = "card.md", "card.png"
 LOCK_NAME, OWNER_NAME = ".prepare.lock", ".prepare.owner"
 SCHEMA_VERSION = 2
-TRAIN = "train"
+TRAIN, VAL = "train", "val"
 CLASSIFICATION, DENOISING = TASKS = ("classification", "denoising")
 
 _CURE = "delete the folder and prepare the set again with `reprise prep ...`"
@@ -75,8 +75,8 @@ class Manifest:
 
     ``task`` is what the images are for. Images for denoising are their own targets: they have no
     labels, and their set has the one class that all of them are of. ``evaluation_split`` names the
-    split to evaluate on in a set that has several besides ``train``, or that has no ``train`` and
-    is for evaluation alone.
+    split to evaluate on in a set that has several besides ``train`` and no ``val`` among them, or
+    that has no ``train`` and is for evaluation alone.
 
     ``copies`` are folders that hold some or all of the shards, too: no part of the set, but set by
     whoever reads it.
@@ -131,16 +131,25 @@ class Manifest:
 
     @property
     def evaluation(self) -> Split:
-        """The split that the set says to evaluate on, or the one that is not for training."""
+        """The split that the set says to evaluate on, or the one that is not for training.
+
+        Of several it is val: the others are held out for the end. Raises ValueError where there is
+        none.
+        """
         if self.evaluation_split is not None:
             return self.splits[self.evaluation_split]
         others = [split for name, split in self.splits.items() if name != TRAIN]
-        if len(others) != 1:
+        if not others:
             raise ValueError(
-                f"{self.root} has the splits {_listed(self.splits)} and not exactly one besides "
-                f"{TRAIN!r} to evaluate on: prepare it again from a source with val/ or test/"
+                f"{self.root} has no split besides {TRAIN!r} to evaluate on: add val/ or test/ to "
+                "the source and prepare it into another folder"
             )
-        return others[0]
+        if len(others) > 1 and VAL not in self.splits:
+            raise ValueError(
+                f"{self.root} has the splits {_listed(self.splits)}, and does not say which to "
+                f"evaluate on: name one of them {VAL} and prepare it into another folder"
+            )
+        return self.splits[VAL] if len(others) > 1 else others[0]
 
     @classmethod
     def load(cls, root: Path) -> "Manifest":

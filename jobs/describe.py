@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from data_prep.manifest import (
     CLASSIFICATION,
     DUPLICATES_NAME,
     REJECTED_NAME,
+    TRAIN,
     Manifest,
 )
 
@@ -137,7 +138,20 @@ def prepared(manifest: Manifest, seconds: float) -> str:
     ):
         if count:
             lines.append(f"{count} {what}: see {manifest.root / name}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_use(manifest)])
+
+
+def _use(manifest: Manifest) -> Iterator[str]:
+    """What is to be known of a set before it is trained on."""
+    if TRAIN not in manifest.splits:
+        return
+    try:
+        chosen = manifest.evaluation.name
+    except ValueError as error:
+        yield f"cannot be trained on: {error}"
+        return
+    for name in sorted(manifest.splits.keys() - {TRAIN, chosen}):
+        yield f"training evaluates on {chosen}; `reprise eval RUN --split {name}` measures {name}"
 
 
 def estimated(found: Estimate, out: Path) -> str:

@@ -94,11 +94,19 @@ def test_a_missing_or_ambiguous_split_is_named(manifest):
     with pytest.raises(ValueError, match="no split 'train', only 'test'"):
         _ = only_test.train
     only_train = dataclasses.replace(manifest, splits={"train": train})
-    with pytest.raises(ValueError, match="has the splits 'train' and not exactly one"):
+    with pytest.raises(ValueError, match=r"no split besides 'train'.*add val/ or test/.*another"):
         _ = only_train.evaluation
-    both = dataclasses.replace(manifest, splits={"train": train, "test": test, "val": test})
-    with pytest.raises(ValueError, match="'train', 'test', 'val'"):
-        _ = both.evaluation
+    others = dataclasses.replace(manifest, splits={"train": train, "a": test, "b": test})
+    with pytest.raises(ValueError, match="'train', 'a', 'b', and does not say which"):
+        _ = others.evaluation
+
+
+def test_with_val_and_test_it_is_val_that_is_evaluated_on(manifest):
+    train, test = manifest.train, manifest.evaluation
+    val = dataclasses.replace(test, name="val")
+    both = dataclasses.replace(manifest, splits={"train": train, "test": test, "val": val})
+    assert both.evaluation is val
+    assert dataclasses.replace(both, evaluation_split="test").evaluation is test
 
 
 def test_importing_it_imports_no_heavy_library():

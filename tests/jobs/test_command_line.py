@@ -238,6 +238,35 @@ def test_preparation_is_verified_to_the_byte(reprise, images: Path) -> None:
     assert "prepare it again" in found.err
 
 
+def test_a_set_with_val_and_test_is_trained_on_and_both_are_measured(
+    reprise, images: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    shutil.copytree(images / "test", tmp_path / "photos" / "val")
+    (tmp_path / "photos" / "val" / "class0" / "00.png").unlink()
+    made = reprise("prep", "folder", "--source", "photos", "--out", "set", "--quiet")
+    assert made.code == 0
+    assert "training evaluates on val; `reprise eval RUN --split test` measures test" in made.out
+    trained = reprise("train", recipe, "data.path=set", "--run", "run", "--quiet")
+    assert trained.code == 0, trained.err
+    assert "15 (val)" in reprise("eval", "run", "--quiet").out
+    assert "16 (test)" in reprise("eval", "run", "--split", "test", "--quiet").out
+
+
+def test_a_set_that_cannot_be_trained_on_is_named_once_it_is_made(
+    reprise, images: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images / "train", tmp_path / "photos" / "train")
+    made = reprise("prep", "folder", "--source", "photos", "--out", "set", "--quiet")
+    assert made.code == 0
+    warning = made.out.splitlines()[-1]
+    assert warning.startswith("cannot be trained on: set has no split besides 'train'")
+    assert "add val/ or test/ to the source and prepare it into another folder" in warning
+    refused = reprise("train", recipe, "data.path=set", "--quiet")
+    assert refused.code == 2
+    assert "no split besides 'train'" in refused.err
+
+
 def test_a_set_is_estimated_made_looked_at_and_staged(reprise, images: Path, monkeypatch) -> None:
     prep = ("prep", "folder", "--source", images, "--out", "set", "--quiet")
     said = reprise(*prep, "--estimate")
