@@ -18,7 +18,7 @@ from data_prep.finish import finish, refuse_empty, summarise
 from data_prep.images import AS_FOUND, Treatment
 from data_prep.listing import FolderReader, Listing, Source
 from data_prep.manifest import LOCK_NAME, MANIFEST_NAME, OWNER_NAME, SCHEMA_VERSION, Manifest
-from data_prep.pack import Packed, PackShard, PackShards, Work
+from data_prep.pack import Packed, PackShard, PackShards, Record, Work
 from data_prep.plan import Plan, plan
 
 SAMPLES_PER_SHARD = 2048
@@ -91,7 +91,7 @@ def prepare(
                 return finished
             shards = _begin(work, listing, settings)
             one = PackShard(work, listing.reader, len(listing.classes), treatment)
-            _pack(PackShards(one, 0, shards, workers), pack, progress)
+            _pack(PackShards(one, 0, shards, workers), pack, progress, len(listing.rejected))
             _finish(work, listing, settings)
             _publish(work, out)
         return Manifest.load(out)
@@ -188,12 +188,21 @@ def _pack(
     all_shards: PackShards,
     pack: Callable[[PackShards], Iterable[Packed]],
     progress: Callable[[Progress], None] | None,
+    rejected: int,
 ) -> None:
-    planned = Plan.load(all_shards.pack.work.plan)
+    """``rejected`` were so many before any of them was read."""
+    work = all_shards.pack.work
+    planned = Plan.load(work.plan)
     left = all_shards.unfinished(planned)
     _refuse_full_disk(all_shards, sum(planned.bytes_of(shard) for shard in left))
-    total = len(planned.items)
-    done = Progress(total - sum(shard.samples for shard in left), total, 0, 0)
+    unfinished = set(left)
+    before = [Record.load(work.record(s)).packed for s in planned.shards if s not in unfinished]
+    done = Progress(
+        sum(packed.images for packed in before),
+        len(planned.items),
+        0,
+        rejected + sum(packed.rejected for packed in before),
+    )
     if progress:
         progress(done)
     for packed in pack(all_shards):

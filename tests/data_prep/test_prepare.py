@@ -150,6 +150,27 @@ def test_progress_counts_every_image(source_folder, tmp_path):
     assert [now.images for now in seen] == sorted(now.images for now in seen)
 
 
+def test_progress_and_summary_reject_the_same(mixed_folder, tmp_path):
+    seen = []
+    with pytest.raises(InterruptedError):
+        run(mixed_folder, tmp_path / "set", progress=interrupted_after(seen, 20))
+    manifest = run(mixed_folder, tmp_path / "set", progress=seen.append)
+    first, again = (now for now in seen if not now.bytes)
+    assert first.rejected == 1  # the hidden file, which is no image to be packed
+    assert again.images > 0
+    assert again.rejected >= 2
+    assert seen[-1].rejected == manifest.rejected == 4
+
+
+def interrupted_after(seen, images):
+    def progress(now):
+        seen.append(now)
+        if now.images >= images:
+            raise InterruptedError
+
+    return progress
+
+
 def test_a_repeat_changes_nothing_and_says_so(source_folder, tmp_path, caplog):
     first = run(source_folder, tmp_path / "set")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").iterdir()}
