@@ -126,10 +126,12 @@ def refuse_empty(
     for split in sorted({listing.evaluation_split or TRAIN, *shards}):
         if not shards.get(split):
             reasons = [entry for entry in rejected if entry.split == split] or rejected
-            first = f", the first reason is {reasons[0].reason!r}" if reasons else ""
+            why = "its folders hold no files"
+            if reasons:
+                why = f"{len(rejected)} rejected, the first reason is {reasons[0].reason!r}"
             raise ValueError(
-                f"{listing.name} has no image for {split!r} that can be used "
-                f"({len(rejected)} rejected{first}): correct the source"
+                f"{listing.name} has no image for {split!r} that can be used ({why}): correct the "
+                "source"
             )
 
 

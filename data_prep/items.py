@@ -94,7 +94,7 @@ class Items:
         text = self.name.data
         if numbers is None:
             ends = self.end
-            starts = np.concatenate(([0], ends[:-1]))
+            starts = np.concatenate(([0], ends))[:-1]
         else:  # no more of the columns than is asked for
             ends = self.end[numbers]
             starts = np.where(numbers > 0, self.end[numbers - 1], 0)

@@ -244,6 +244,17 @@ def test_a_split_without_a_usable_image_is_refused(source_folder, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_class_folders_without_files_are_refused(source_folder, tmp_path, splits):
+    for split in splits:
+        for path in (source_folder / split).rglob("*.jpg"):
+            path.unlink()
+    problem = r"insects has no image for 'train' .*\(its folders hold no files\): correct the"
+    with pytest.raises(ValueError, match=problem):
+        run(source_folder, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_shard_of_nothing_but_rejects_is_left_out(source_folder, tmp_path):
     for path in (source_folder / "train" / "ant").iterdir():
         path.write_bytes(b"x")
