@@ -86,7 +86,7 @@ def prepare(
                 "listing_sha256": listing.sha256,
             }
             if finished is not None:
-                _refuse_other(finished, settings)
+                _refuse_other(finished, listing, settings)
                 logger.info("%s is already prepared: nothing to do", out)
                 return finished
             shards = _begin(work, listing, settings)
@@ -168,16 +168,27 @@ def _begin(work: Work, listing: Listing, settings: dict[str, Any]) -> int:
     return len(planned.shards)
 
 
+def _difference(before: dict[str, Any], now: dict[str, Any], images: str = "") -> str | None:
+    """The first setting that differs, in words; ``images`` says which they were and are."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key.endswith("_sha256"):  # of names and sizes or of pixels, which tells nobody anything
+            return (
+                f"from other images{images}: another source, or files that were added, removed or "
+                "changed since"
+            )
+        return f"with {key}={old}, now it is {new}"
+    return None
+
+
 def _refuse_other_plan(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     cure = f"give another folder, or delete {out / _WORK_NAME}"
     if before.get("schema") != now["schema"]:
         raise ValueError(f"{out} holds an unfinished preparation by another release: {cure}")
-    for key in sorted(before["settings"].keys() | now["settings"].keys()):
-        old, new = before["settings"].get(key), now["settings"].get(key)
-        if old != new:
-            raise ValueError(
-                f"{out} holds an unfinished preparation with {key}={old}, now it is {new}: {cure}"
-            )
+    if other := _difference(before["settings"], now["settings"]):
+        raise ValueError(f"{out} holds an unfinished preparation {other}: {cure}")
     if before["stamp"] != now["stamp"]:
         raise ValueError(
             f"the source was modified since the unfinished preparation in {out} began: {cure}"
@@ -276,14 +287,16 @@ def _refuse_own_output(listing: Listing, out: Path) -> None:
         raise ValueError(f"{out} lies within the source {reader.root}: give a folder outside of it")
 
 
-def _refuse_other(finished: Manifest, settings: dict[str, Any]) -> None:
-    for key in sorted(finished.settings.keys() | settings.keys()):
-        before, now = finished.settings.get(key), settings.get(key)
-        if before != now:
-            raise ValueError(
-                f"{finished.root} holds a set prepared with {key}={before}, now it is {now}: "
-                f"give another folder, or delete this one"
-            )
+def _refuse_other(finished: Manifest, listing: Listing, settings: dict[str, Any]) -> None:
+    files = len(listing.items) + len(listing.rejected)
+    images = (
+        f", {finished.name} with {finished.found:,} files, and now it is {listing.name} with "
+        f"{files:,}"
+    )
+    if other := _difference(finished.settings, settings, images):
+        raise ValueError(
+            f"{finished.root} holds a set prepared {other}: give another folder, or delete this one"
+        )
     for shard in (shard for split in finished.splits.values() for shard in split.shards):
         path = finished.root / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:

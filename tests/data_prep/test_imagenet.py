@@ -404,7 +404,7 @@ def test_a_source_that_changed_in_between_is_refused(archives, tmp_path):
     with pytest.raises(ValueError, match=r"source was modified since the unfinished preparation"):
         run(archives, out)
     repack(archives, lambda classes: classes["n01443537"].update(more=jpeg(3)))
-    with pytest.raises(ValueError, match=r"unfinished preparation with listing_sha256="):
+    with pytest.raises(ValueError, match=r"unfinished preparation from other images: another"):
         prepare(ImageNetSource(archives, allow_partial=True), out, samples_per_shard=5)
     assert contents(out) == before
 

@@ -186,8 +186,15 @@ def test_a_repeat_with_other_settings_or_images_is_refused(source_folder, tmp_pa
     with pytest.raises(ValueError, match="prepared with seed=0, now it is 1: give another folder"):
         run(source_folder, tmp_path / "set", seed=1)
     (source_folder / "train" / "ant" / "more.jpg").write_bytes(jpeg(99))
-    with pytest.raises(ValueError, match="prepared with listing_sha256="):
+    told = (
+        r"set holds a set prepared from other images, insects with 27 files, and now it is insects "
+        r"with 28: another source, or files .* changed since: give another folder, or delete"
+    )
+    with pytest.raises(ValueError, match=told):
         run(source_folder, tmp_path / "set")
+    other = class_folders(tmp_path / "birds", train=2, test=1)
+    with pytest.raises(ValueError, match="insects with 27 files, and now it is birds with 9"):
+        run(other, tmp_path / "set")
     assert contents(tmp_path / "set") == before
 
 
