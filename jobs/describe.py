@@ -126,7 +126,8 @@ def prepared(manifest: Manifest, seconds: float) -> str:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     size = sum(shard.bytes for shard in shards) / 1e6
     counts = ", ".join(f"{split.samples} {name}" for name, split in manifest.splits.items())
-    of = f" of {len(manifest.classes)} classes" if manifest.task == CLASSIFICATION else ""
+    classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes)} classes"
+    of = f" of {classes}" if manifest.task == CLASSIFICATION else ""
     lines = [
         f"{manifest.root}: {counts} images{of}",
         f"{size:,.1f} MB in {counted(len(shards), 'shard')} after {seconds:.1f} s; "
@@ -143,6 +144,11 @@ def prepared(manifest: Manifest, seconds: float) -> str:
 
 def _use(manifest: Manifest) -> Iterator[str]:
     """What is to be known of a set before it is trained on."""
+    if manifest.task == CLASSIFICATION and len(manifest.classes) == 1:
+        yield (
+            f"there is one class alone, {manifest.classes[0]!r}, and nothing to tell apart: give "
+            "each class a folder of its own"
+        )
     if TRAIN not in manifest.splits:
         return
     try:

@@ -267,6 +267,15 @@ def test_a_set_that_cannot_be_trained_on_is_named_once_it_is_made(
     assert "no split besides 'train'" in refused.err
 
 
+def test_a_set_of_one_class_is_remarked_on(reprise, images: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(images / split / "class0", tmp_path / "photos" / split / "all")
+    made = reprise("prep", "folder", "--source", "photos", "--out", "set", "--quiet")
+    assert made.code == 0
+    assert made.out.startswith("set: 4 test, 16 train images of 1 class\n")
+    assert "there is one class alone, 'all', and nothing to tell apart: give each" in made.out
+
+
 def test_a_set_is_estimated_made_looked_at_and_staged(reprise, images: Path, monkeypatch) -> None:
     prep = ("prep", "folder", "--source", images, "--out", "set", "--quiet")
     said = reprise(*prep, "--estimate")
