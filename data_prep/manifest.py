@@ -163,10 +163,7 @@ class Manifest:
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{root} holds no {MANIFEST_NAME}, so no finished shard set: "
-                f"make one with `reprise prep KIND --source IMAGES --out {root}`"
-            ) from None
+            raise FileNotFoundError(_no_set(root)) from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is damaged ({error}): {_CURE}") from None
         try:
@@ -236,6 +233,19 @@ class Manifest:
         if self.accepted + self.rejected != self.found:
             return f"accepted {self.accepted} + rejected {self.rejected} is not found {self.found}"
         return None
+
+
+def _no_set(root: Path) -> str:
+    """That there is none, and how to make one; never among other files, such as those of a run."""
+    where, out = "", str(root)
+    if not root.is_absolute():
+        where = f" (a relative path starts at the current folder, here {Path.cwd()})"
+    if root.is_file() or (root.is_dir() and any(root.glob("[!.]*"))):
+        out = "FOLDER"
+    return (
+        f"{root} holds no {MANIFEST_NAME}{where}, so no finished shard set: "
+        f"make one with `reprise prep KIND --source IMAGES --out {out}`"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

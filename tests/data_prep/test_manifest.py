@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,25 @@ def test_the_class_map_hash_depends_on_names_and_order(manifest):
 def test_no_set_names_the_cure(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no manifest.json.*reprise prep"):
         Manifest.load(tmp_path)
+
+
+def test_no_set_at_a_relative_path_names_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as refused:
+        Manifest.load(Path("data/photos"))
+    assert str(refused.value) == (
+        f"data/photos holds no manifest.json (a relative path starts at the current folder, here "
+        f"{tmp_path}), so no finished shard set: make one with `reprise prep KIND --source IMAGES "
+        "--out data/photos`"
+    )
+
+
+def test_no_set_is_to_be_made_where_other_files_are(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(FileNotFoundError, match="--out FOLDER"):
+        Manifest.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--out FOLDER"):
+        Manifest.load(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(
