@@ -147,6 +147,18 @@ def _refuse_both(name: str, value: object, other: str, other_value: object) -> N
         raise click.UsageError(f"{name} and {other} exclude each other: leave one away")
 
 
+def _refuse_run(path: Path) -> None:
+    """Raises ValueError for a run directory: it is taken for its shard set easily."""
+    from pipeline.run_directory import RunDirectory
+
+    directory = RunDirectory(path)
+    if directory.exists:
+        raise ValueError(
+            f"{path} is a run and not a shard set: give the one that it trains on, "
+            f"{directory.read_config().data.path}"
+        )
+
+
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--quick", is_flag=True, help="Sizes and indices only: seconds for 1,000 shards.")
@@ -158,6 +170,7 @@ def verify(folder: Path, quick: bool, workers: int | None, quiet: bool) -> None:
     from data_prep.verify import verify_quickly
     from jobs import console
 
+    _refuse_run(folder)
     console.configure(quiet)
     if quick:
         findings = verify_quickly(folder)
@@ -180,6 +193,7 @@ def inspect(path: Path, samples: int, sheet: Path | None) -> None:
     from data_prep.inspection import inspect as look
     from jobs import describe
 
+    _refuse_run(path)
     found = look(path, samples)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +216,7 @@ def stage(folder: Path, to: Path, rank_aware: bool, quiet: bool) -> None:
     from data_prep.stage import stage as copy
     from jobs import console, describe
 
+    _refuse_run(folder)
     console.configure(quiet)
     share, shares = 0, 1
     if rank_aware:

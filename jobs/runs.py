@@ -14,6 +14,7 @@ from typing import Any
 from filelock import Timeout
 
 from data_prep.files import Lock
+from data_prep.manifest import MANIFEST_NAME
 from jobs import clusters, scheduler, submit
 from jobs.describe import duration, table_of
 from jobs.record import Job
@@ -52,11 +53,16 @@ def find(name: str, runs: Path) -> Path:
     """The run directory of this name or path.
 
     Raises:
-        ConfigError: there is none; the nearest name is suggested.
+        ConfigError: there is none, the nearest name is suggested; or it is a shard set.
     """
     for path in (Path(name), runs / name):
         if RunDirectory(path).exists:
             return path
+    if (Path(name) / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"{name} is a shard set and not a run: give a run; `reprise runs` lists those below "
+            f"{runs}"
+        )
     names = [str(path.relative_to(runs)) for path in directories(runs)]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -419,6 +419,19 @@ def test_a_finished_run_is_named_without_touching_what_another_process_writes(
     assert partial.is_dir()
 
 
+def test_a_set_is_no_run_and_a_run_no_set(reprise, finished: Path, shards: Path) -> None:
+    for command_name in ("eval", "report", "logs"):
+        refused = reprise(command_name, shards)
+        assert refused.code == 2
+        assert f"{shards} is a shard set and not a run: give a run" in refused.err
+    for arguments in (("verify",), ("verify", "--quick"), ("inspect",), ("stage", "--to", "fast")):
+        refused = reprise(*arguments, finished)
+        assert refused.code == 2
+        assert f"{finished} is a run and not a shard set: give the one that it" in refused.err
+        assert refused.err.endswith(f"trains on, {shards}\n")
+        assert "reprise prep" not in refused.err
+
+
 def test_report(reprise, finished: Path) -> None:
     answer = reprise("report", finished)
     assert answer.code == 0
