@@ -44,8 +44,8 @@ def train(
 ) -> None:
     """Train a recipe, or resume a run.
 
-    RECIPE is a name from `reprise recipes`, a YAML file, or the directory of an earlier run, which
-    goes on where its newest checkpoint is.
+    RECIPE is a name from `reprise recipes`, a YAML file, or an earlier run, by its directory or its
+    name below runs/, which goes on where its newest checkpoint is.
     """
     from jobs import stopping
 
@@ -60,13 +60,16 @@ def train(
         from pipeline.training.plan import plan
 
     console.configure(quiet)
-    if (Path(recipe) / "config.yaml").is_file():
+    named = Path(recipe)
+    if recipe not in recipes.RECIPES and not RunDirectory(named).exists:
+        named = Path("runs") / recipe
+    if RunDirectory(named).exists:
         if overrides or run_dir:
             raise ConfigError(
-                f"{recipe} is a run, and a run keeps its configuration: leave out "
-                f"{' '.join(overrides) or '--run'}, or start from {recipe}/config.yaml"
+                f"{named} is a run, and a run keeps its configuration: leave out "
+                f"{' '.join(overrides) or '--run'}, or start from {named}/config.yaml"
             )
-        run_dir = Path(recipe)
+        run_dir = named
         config = RunDirectory(run_dir).read_config()
     else:
         config = recipes.load(recipe, overrides)

@@ -201,6 +201,18 @@ def test_a_run_does_not_stop_before_where_it_is(reprise, finished: Path) -> None
     assert f"--stop-after 1: {finished} is at step 4 already" in refused.err
 
 
+def test_a_run_is_known_by_its_name_and_a_recipe_by_its_own(
+    reprise, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "runs" / "mine")
+    shutil.copytree(finished, tmp_path / "runs" / "drnn" / "digits" / "dr_resnet16")
+    shown = reprise("train", "mine", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert shown.out == reprise("train", finished, "--dry-run").out
+    assert "runs/mine is a run, and" in reprise("train", "mine", "seed=1").err
+    assert "data/digits holds no" in reprise("train", "drnn/digits/dr_resnet16", "--dry-run").err
+
+
 def test_a_sweep_shows_its_members_and_one_configuration(reprise, recipe: Path) -> None:
     sweep = ("--cluster", "lab", "--sweep", "seed=0,1", "optimizer.lr=0.1,0.2", "--dry-run")
     shown = reprise("submit", recipe, *sweep)
