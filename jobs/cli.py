@@ -97,8 +97,15 @@ def train(
     code = tasks.LocalRanks(task, nproc)() if nproc > 1 else task()
     if code:
         raise click.exceptions.Exit(code)
-    if world.is_main and stop_after is None:
+    if world.is_main and (stop_after is None or _has_finished(run_dir)):
         click.echo(describe.next_steps(run_dir))
+
+
+def _has_finished(run: Path) -> bool:
+    """Whether it came to its end before the step that it was to stop after."""
+    from jobs import runs
+
+    return runs.progress(run).status == "FINISHED"
 
 
 def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:

@@ -213,6 +213,15 @@ def test_a_run_is_known_by_its_name_and_a_recipe_by_its_own(
     assert "data/digits holds no" in reprise("train", "drnn/digits/dr_resnet16", "--dry-run").err
 
 
+def test_a_run_that_ends_before_it_is_to_stop_says_what_comes_next(reprise, recipe: Path) -> None:
+    train = ("train", recipe, "--run", "run", "--quiet", "--stop-after")
+    stopped = reprise(*train, 2)
+    assert (stopped.code, stopped.out) == (0, ""), stopped.err
+    finished = reprise(*train, 100)
+    assert finished.code == 0, finished.err
+    assert "evaluate:    reprise eval run\n" in finished.out
+
+
 def test_a_sweep_shows_its_members_and_one_configuration(reprise, recipe: Path) -> None:
     sweep = ("--cluster", "lab", "--sweep", "seed=0,1", "optimizer.lr=0.1,0.2", "--dry-run")
     shown = reprise("submit", recipe, *sweep)
