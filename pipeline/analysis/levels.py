@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
 
 def levels(model: Network) -> int:
-    """How many there are."""
+    """How many there are; raises ValueError where there are none."""
     return len(_stages(model))
 
 
@@ -34,8 +34,8 @@ def blocks(model: Network, level: int, size: int) -> list[Block]:
     """The blocks of a level, from the one closest to the input; `size` is the images' side.
 
     Raises:
-        ValueError: no such level, no cell in it that keeps the shape, or cells that no identity can
-            stand for: without shortcut, or with a router that decides for each sample.
+        ValueError: no levels, no such level, no cell in it that keeps the shape, or cells that no
+            identity can stand for: without shortcut, or with a router that decides for each sample.
     """
     stages = _stages(model)
     if not 1 <= level <= len(stages):
@@ -49,10 +49,15 @@ def blocks(model: Network, level: int, size: int) -> list[Block]:
         if isinstance(cell, RecursiveCell) and name.startswith(f"{stages[level - 1]}.")
     }
     for name, cell in cells.items():
-        if cell.router.decides or not cell.cell.has_shortcut:
+        if cell.router.decides:
             raise ValueError(
-                f"{name} cannot be switched off: its router decides for each sample, or it has no "
-                "shortcut; give a run of a residual network without gates"
+                f"{name} is gated, so that not every image passes it: give a run of a residual "
+                "network without gates"
+            )
+        if not cell.cell.has_shortcut:
+            raise ValueError(
+                f"{name} has no shortcut, so that the identity cannot stand for it: give a run of "
+                "a residual network"
             )
     shapes = watch(shadow, list(cells))
     with ShapesOnly(), torch.no_grad():
@@ -85,4 +90,10 @@ def watch(model: Network, cells: list[str]) -> dict[str, list[tuple[Tensor, Tens
 
 
 def _stages(model: Network) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, Stage)]
+    found = [name for name, module in model.named_modules() if isinstance(module, Stage)]
+    if not found:
+        raise ValueError(
+            "this network has no stages, and so no levels: give a run of a residual network such "
+            "as resnet20 or r_resnet16"
+        )
+    return found

@@ -53,13 +53,22 @@ def test_blocks_are_what_the_identity_can_stand_for(name, level, expected):
     [
         ("rs_3", 4, "level 4: this network has the levels 1 to 3"),
         ("rs_3", 0, "level 0: this network has the levels 1 to 3"),
-        ("dr_resnet16", 2, r"stages\.1\.1 cannot be switched off.*without gates"),
-        ("mobilenet_v2", 2, r"stages\.1\.0 cannot be switched off"),
+        ("dr_resnet16", 2, r"stages\.1\.1 is gated.*: give a run of .* without gates"),
+        ("mobilenet_v2", 2, r"stages\.1\.0 has no shortcut.*: give a run of a residual network"),
+        ("reset38", 2, "this network has no stages, and so no levels: give a run of a residual"),
     ],
 )
-def test_what_cannot_be_switched_off_is_refused(name, level, message):
+def test_what_no_identity_can_stand_for_is_refused(name, level, message):
     with pytest.raises(ValueError, match=message):
         blocks(create_model(name), level, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("rcnn160", "has no stages"), ("dr_resnet16", r"stages\.1\.1 is gated")]
+)
+def test_trajectories_need_levels_that_every_image_passes(name, message):
+    with pytest.raises(ValueError, match=message):
+        trajectories.collect(create_model(name), batches(), SIDE)
 
 
 @torch.no_grad()
