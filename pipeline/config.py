@@ -171,7 +171,9 @@ class Schedule(_Section):
 
     name: Literal["constant", "step", "staircase", "cosine", "one_cycle"] = "constant"
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear, up to the rate")
-    milestones: tuple[float, ...] = Field(default=(), description="epochs, for step")
+    milestones: tuple[float, ...] = Field(
+        default=(), description="epochs, for step", examples=[[1, 2]]
+    )
     gamma: float = Field(default=0.1, gt=0, description="factor at each milestone, for step")
     every_steps: int | None = Field(
         default=None, gt=0, description="optimizer steps from one factor to the next, for staircase"
@@ -180,15 +182,22 @@ class Schedule(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
-        if (self.name == "step") != bool(self.milestones):
+        if self.name == "step" and not self.milestones:
             raise ValueError(
-                f"milestones={list(self.milestones)} with name={self.name}: "
-                "name=step needs milestones, the others take none"
+                "name=step needs milestones: give such as [1, 2], or schedule.name=constant for a "
+                "rate that stays"
             )
-        if (self.name == "staircase") != (self.every_steps is not None):
+        if self.name != "step" and self.milestones:
             raise ValueError(
-                f"every_steps={self.every_steps} with name={self.name}: name=staircase needs "
-                "every_steps, the others take none"
+                f"milestones={list(self.milestones)} with name={self.name}: only name=step takes "
+                "them: give schedule.milestones=[], or name=step"
+            )
+        if self.name == "staircase" and self.every_steps is None:
+            raise ValueError("name=staircase needs every_steps: give such as 1000")
+        if self.name != "staircase" and self.every_steps is not None:
+            raise ValueError(
+                f"every_steps={self.every_steps} with name={self.name}: only name=staircase takes "
+                "them: give schedule.every_steps=null, or name=staircase"
             )
         if self.name not in ("step", "staircase"):
             self._refuse_idle("gamma", f"name={self.name}")
@@ -268,7 +277,9 @@ class Steps(_Section):
     """What a cost-adjustable network trains with (RC Sec. 4.2)."""
 
     probabilities: dict[int, float] = Field(
-        default={}, description="of each number of steps that the network can take"
+        default={},
+        description="of each number of steps that the network can take",
+        examples=[{2: 0.5, 3: 0.5}],
     )
     draw: Literal["one", "all"] = Field(
         default="one",
@@ -329,9 +340,10 @@ class Phase(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Phase:
         if (self.steps is None) == (self.epochs is None):
+            both = f"steps={self.steps} and epochs={self.epochs}"
             raise ValueError(
-                f"phase {self.name!r} with steps={self.steps} and epochs={self.epochs}: give its "
-                "length in one of them"
+                f"phase {self.name!r} has {both if self.steps else 'neither steps nor epochs'}: "
+                "give its length in one of them"
             )
         odd = [p for p in self.trains if not re.fullmatch(r"stage[1-9]\d*", p)]
         odd = [p for p in odd if p not in _PARTS.split(", ")]
@@ -396,7 +408,7 @@ class Train(_Section):
 
 class Checkpoints(_Section):
     every_steps: int | None = Field(default=None, gt=0)
-    every_minutes: float | None = Field(default=10.0, gt=0)
+    every_minutes: float | None = Field(default=10.0, gt=0, description="minutes, without the unit")
     keep_last: int = Field(default=2, gt=0, description="the best is kept besides")
 
 
@@ -413,7 +425,11 @@ class Config(_Section):
     loss: Loss = Loss()
     steps: Steps = Steps()
     scorer: Scorer = Scorer()
-    phases: tuple[Phase, ...] = Field(default=(), description="in order; none: one of train.epochs")
+    phases: tuple[Phase, ...] = Field(
+        default=(),
+        description="in order; none: one of train.epochs",
+        examples=[[{"name": "all", "epochs": 2}]],
+    )
     pull: Pull | None = Field(default=None, description="of relaxed sharing, None without it")
     train: Train
     checkpoints: Checkpoints = Checkpoints()
@@ -423,10 +439,12 @@ class Config(_Section):
     @model_validator(mode="after")
     def _lasts(self) -> Config:
         names = [phase.name for phase in self.phases]
-        if (self.train.epochs is None) == (not names):
+        if self.train.epochs is None and not names:
+            raise ValueError("train.epochs=null without phases: give a number of epochs, or phases")
+        if self.train.epochs is not None and names:
             raise ValueError(
-                f"train.epochs={self.train.epochs} with {len(names)} phases: give train.epochs "
-                "without phases, or phases with train.epochs=null"
+                f"train.epochs={self.train.epochs} with phases, which have lengths of their own: "
+                "give train.epochs=null"
             )
         if len(set(names)) < len(names):
             raise ValueError(f"phases {names}: give each a name of its own")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from pipeline.config import Config, ConfigError
+
+NEAR = 0.7  # of 1, how alike an unknown key and the one that is meant are
 
 
 def build(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -97,37 +103,92 @@ def _apply_to_entry(entries: list[dict[str, Any]], key: str, text: str, override
 
 def _explain(error: ValidationError) -> str:
     """All problems on one line, each with the key and the cure."""
-    parts = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r}{_nearest(problem['loc'])}")
-        elif problem["type"] == "missing":
-            parts.append(f"{key} is missing: give {key}=VALUE")
-        else:
-            where = f"{key}={problem['input']!r}: " if _is_plain(problem["input"]) else f"{key}: "
-            of = where if key else ""  # a problem of several sections names them itself
-            parts.append(of + problem["msg"].removeprefix("Value error, "))
-    return "; ".join(parts)
+    return "; ".join(map(_in_words, error.errors()))
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    kind, location = problem["type"], tuple(p for p in problem["loc"] if p != "[key]")
+    key = ".".join(map(str, location))
+    place = _Place.of(location)
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(location)}"
+    if kind == "missing" and isinstance(location[-1], int):
+        return f"{key.rpartition('.')[0]}: {place.as_many_entries(place.entries[:-1])}"
+    if kind == "missing":
+        return f"{key} is missing: give {key}=VALUE"
+    if kind == "too_long":
+        return f"{key}: {place.as_many_entries(place.entries)}"
+    value = problem["input"]
+    of = f"{key}={_shown(value)}: " if _is_plain(value) else f"{key}: "
+    if kind == "model_type" and place.section:
+        keys = place.section.model_fields
+        first = min(keys, key=lambda name: not keys[name].is_required())
+        return f"{of}a section, give its keys: such as {key}.{first}=VALUE, of {', '.join(keys)}"
+    if kind in ("tuple_type", "dict_type") and place.example and not place.entries:
+        return f"{of}give {'a list ' if kind == 'tuple_type' else ''}such as {_flow(place.example)}"
+    said = problem["msg"].removeprefix("Value error, ")
+    if kind == "float_parsing" and place.field and place.field.description:
+        said += f" ({place.field.description})"
+    return (of if key else "") + said  # a problem of several sections names them itself
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | None)
 
 
+def _shown(value: Any) -> str:
+    """A plain value, with YAML's words for what has other ones in Python."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a location leads: to a section, or to a field and to entries within its value."""
+
+    section: type[BaseModel] | None
+    field: FieldInfo | None = None
+    entries: tuple[int | str, ...] = ()
+
+    @classmethod
+    def of(cls, location: tuple[int | str, ...]) -> _Place:
+        place = cls(Config)
+        for part in location:
+            fields = place.section.model_fields if place.section else {}
+            field = fields.get(str(part))
+            if field is None:  # an entry of a list or a dictionary, whose entries may be sections
+                place = replace(place, entries=(*place.entries, part))
+                continue
+            kinds = (field.annotation, *get_args(field.annotation))
+            sections = (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+            place = cls(next(sections, None), field)
+        return place
+
+    @property
+    def example(self) -> Any:
+        """A value of the field, None where none is known."""
+        if self.field is None:
+            return None
+        return self.field.examples[0] if self.field.examples else self.field.default
+
+    def as_many_entries(self, entries: tuple[int | str, ...]) -> str:
+        """What to give where the list at these entries of the field is too long or too short."""
+        example = self.example
+        for _ in entries:
+            example = example[0]
+        return f"give {len(example)} entries: such as {_flow(example)}"
+
+
 def _nearest(location: tuple[int | str, ...]) -> str:
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        if field is None:  # an entry of a list or a dictionary of sections
-            continue
-        kinds = (field.annotation, *get_args(field.annotation))
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if inner is None:
-            return ""
-        section = inner
+    section = _Place.of(location[:-1]).section
+    if section is None:
+        return ""
     valid = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), valid, n=1)
+    close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=NEAR)
     prefix = "".join(f"{part}." for part in location[:-1])
     if close:
         return f": did you mean {prefix + close[0]!r}?"

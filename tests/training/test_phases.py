@@ -233,7 +233,7 @@ REFUSED = {
     "statistics alone": ({"trains": ["statistics"]}, "has no parameters to train"),
     "no such part": ({"trains": ["contrller"]}, "'contrller' is no part of a network"),
     "no such stage": ({"trains": ["stage4"]}, "'stage4' selects nothing.*3 stages"),
-    "no length": ({"steps": None}, "steps=None and epochs=None: give its length in one of them"),
+    "no length": ({"steps": None}, "neither steps nor epochs: give its length in one of them"),
     "two lengths": ({"epochs": 2}, "steps=2 and epochs=2.0: give its length in one of them"),
     "temperature of zero": (
         {"scorer": {"name": "gumbel", "temperature": 0}},
@@ -278,9 +278,9 @@ def test_what_needs_controllers_is_refused_without(
 
 
 def test_epochs_and_phases_exclude_each_other(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"train\.epochs=2 with 3 phases"):
+    with pytest.raises(ConfigError, match=r"train\.epochs=2 with phases"):
         phased(tiny, **{"train.epochs": 2})
-    with pytest.raises(ConfigError, match=r"train\.epochs=None with 0 phases"):
+    with pytest.raises(ConfigError, match=r"train\.epochs=null without phases"):
         tiny.config(**{"train.epochs": "null"})
     with pytest.raises(ConfigError, match="give each a name of its own"):
         phased(tiny, [{"name": "a", "steps": 1}, {"name": "a", "steps": 1}])
