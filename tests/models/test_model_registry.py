@@ -1,5 +1,7 @@
 """What must hold for every network of the registry."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,6 +282,20 @@ def test_every_norm_of_a_network_is_found_by_its_type():
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     assert owners == set(norms)
     assert all(norm.sync for norm in norms.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("dr_resnet17", ": choose one of dr_resnet16, dr_resnet32, dr_resnet35, dr_resnet40, "),
+        ("resnet21", ": choose one of resnet20, resnet38, resnet50, resnet56, resnet101, "),
+        ("dr_resent16", ": did you mean 'dr_resnet16'?"),
+        ("vgg", ": choose one of aig_resnet101, "),
+    ],
+)
+def test_an_unknown_model_is_answered_with_what_is_near(name, hint):
+    with pytest.raises(ValueError, match=f"unknown model '{name}'{re.escape(hint)}"):
+        create_model(name)
 
 
 @pytest.mark.gpu
