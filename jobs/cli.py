@@ -65,9 +65,12 @@ def train(
         named = Path("runs") / recipe
     if RunDirectory(named).exists:
         if overrides or run_dir:
+            settings = " ".join(overrides)
             raise ConfigError(
                 f"{named} is a run, and a run keeps its configuration: leave out "
-                f"{' '.join(overrides) or '--run'}, or start from {named}/config.yaml"
+                f"{settings or '--run'} to go on with it, or begin another with "
+                f"`reprise train {named}/config.yaml {settings} --run NEW`, which "
+                f"init_from.path={named} lets start from its weights"
             )
         run_dir = named
         config = RunDirectory(run_dir).read_config()
