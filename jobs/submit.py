@@ -149,9 +149,8 @@ def _check_disk(plans: dict[Path, Plan]) -> None:
     """For runs that lie on one disk, as the members of a sweep do."""
     kept = needed = 0
     for planned in plans.values():
-        own = (
-            planned.config.checkpoints.keep_last + 2
-        )  # the best, and the one that is being written
+        # The best besides, and the one that is being written.
+        own = planned.config.checkpoints.keep_last + 2
         kept += own
         needed += own * CHECKPOINT_BYTES * planned.cost.parameters
     run = next(iter(plans)).resolve()
