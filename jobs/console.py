@@ -29,10 +29,10 @@ class TrainingDisplay:
         self._wants_bar = bar
         self._bar: tqdm | None = None
         self._last: Mapping[str, float] | None = None
-        self.steps = 0  # of this call, not of the run
+        self.idle = True  # whether this call, not the run, has done nothing
 
     def stepped(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        self.steps += 1
+        self.idle = False
         fresh, self._last = metrics is not self._last, metrics
         rate = metrics.get("train/images_per_second")
         shown = "" if rate is None else f"loss {metrics['train/loss']:.3f}, {rate:.0f} images/s"
@@ -45,6 +45,7 @@ class TrainingDisplay:
             log.info("step %d of %d: %s", step, total, shown)
 
     def evaluated(self, summary: Summary) -> None:
+        self.idle = False
         log.info("%s: %s", summary.split, describe.in_short(summary))
 
     def close(self) -> None:

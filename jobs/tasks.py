@@ -81,7 +81,7 @@ class Train:
         finally:
             display.close()
         if outcome is Outcome.FINISHED:
-            if rank == 0 and not display.steps:
+            if rank == 0 and display.idle:
                 _say_finished(directory)
             return 0
         log.warning("stopped with a checkpoint; resume with: reprise train %s", self.run)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ import torch
 
 from data_prep.files import replace_folder
 from pipeline.config import Loss
-from pipeline.data import Loader
+from pipeline.data import Batch, Loader
 from pipeline.distributed import World
 from pipeline.models import Network, Output
 from pipeline.models.cost import Cost
 from pipeline.tasks import TASKS, Classification, Samples, Summary, Task
 
-__all__ = ["Samples", "Summary", "evaluate", "load", "save"]
+__all__ = ["EvaluationStopped", "Samples", "Summary", "evaluate", "load", "save"]
 
 CLASSIFICATION = Classification(Loss())
 SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
+SECONDS_BETWEEN = 1.0  # two questions whether an evaluation goes on
+
+
+class EvaluationStopped(Exception):
+    """A rank was asked to stop; raised on all of them, between two batches."""
 
 
 def evaluate(
@@ -40,6 +46,7 @@ def evaluate(
     *,
     task: Task = CLASSIFICATION,
     steps: int | None = None,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> tuple[Summary, Samples]:
     """Run the model once over this rank's samples and join the ranks' results on all ranks.
 
@@ -50,8 +57,11 @@ def evaluate(
         on_batch: called with the number of samples of each batch done on this rank.
         task: what the results are.
         steps: asked of a cost-adjustable network; None takes the largest number.
+        stop_requested: asked between batches, about once a second; one rank's wish ends the
+            evaluation on all.
 
     Raises:
+        EvaluationStopped: on all ranks, as one was asked to stop; the model is as it was.
         ValueError: a number of steps that the network was not built for.
     """
     choice = model.steps_taken(steps)
@@ -62,8 +72,8 @@ def evaluate(
     cells: list[str] = []
     done = 0
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), autocast:
-        for batch in loader:
+    with _training_again(model, training), torch.inference_mode(), autocast:
+        for batch in _until_stopped(loader, world, stop_requested):
             output: Output = model(batch.images, choice)
             cells = [route.cell for route in output.routes]
             executed = [route.executed.cpu().numpy() for route in output.routes]
@@ -73,7 +83,6 @@ def evaluate(
             pace.count(len(batch.keys))
             on_batch(len(batch.keys))
     gathered = world.gather((cells, parts, pace.measured()))
-    model.train(training)
     cells = next((names for names, _, _ in gathered if names), [])
     joined = [part for _, own, _ in gathered for part in own]
     seconds, images = zip(*(measured for _, _, measured in gathered), strict=True)
@@ -84,6 +93,42 @@ def evaluate(
         "images_per_second": sum(images) / max(seconds),
     }
     return _summarise(task, joined, cells, cost, record)
+
+
+@contextmanager
+def _training_again(model: Network, training: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _until_stopped(
+    loader: Loader, world: World, stop_requested: Callable[[], bool] | None
+) -> Iterator[Batch]:
+    """The batches of this rank, between which the ranks agree every now and then to go on.
+
+    At each they would wait for the slowest of them. Ranks may differ in their number of batches by
+    one, and one that has done its own still answers.
+    """
+    if stop_requested is None:
+        yield from loader
+        return
+    most = max(world.gather(loader.steps_per_epoch))
+    batches = iter(loader)
+    asked, asked_at, ask = -1, time.monotonic(), 0
+    for number in range(most):
+        if number == ask:
+            pace = (time.monotonic() - asked_at) / (number - asked)  # seconds per batch
+            stops, paces = zip(*world.gather((stop_requested(), pace)), strict=True)
+            if any(stops):
+                loader.close()
+                raise EvaluationStopped
+            # Nothing has been measured before the first batch.
+            apart = int(SECONDS_BETWEEN / max(paces)) if number and max(paces) else 1
+            asked, asked_at, ask = number, time.monotonic(), number + max(1, apart)
+        if (batch := next(batches, None)) is not None:
+            yield batch
 
 
 class _Pace:

@@ -141,6 +141,38 @@ def test_the_first_batch_counts_only_where_it_is_alone(
     assert summary.images_per_second == images / seconds
 
 
+def test_a_stop_is_asked_for_once_a_second_and_leaves_the_model_as_it_was(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven batches of half a second; the pace is known after the first."""
+    clock, done, asked = [0.0], [0], []
+
+    def batch_done(images: int) -> None:
+        clock[0] += 0.5
+        done[0] += 1
+
+    def stop(at: int) -> bool:
+        asked.append(done[0])
+        return done[0] >= at
+
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: clock[0])
+    model = network()
+    loader = eval_loader(
+        manifest, reader="torch", augment=Augmentation(), batch_size=10, world=World(), workers=0
+    )
+    arguments = (model, loader, World(), measure(model), "test", 7)
+    whole, _ = evaluation.evaluate(
+        *arguments, on_batch=batch_done, stop_requested=lambda: stop(at=99)
+    )
+    assert whole.samples == 64
+    assert asked == [0, 1, 3, 5]
+    done[0] = 0
+    with pytest.raises(evaluation.EvaluationStopped):
+        evaluation.evaluate(*arguments, on_batch=batch_done, stop_requested=lambda: stop(at=3))
+    assert done == [3]
+    assert model.training
+
+
 def test_what_is_saved_comes_back(
     alone: tuple[evaluation.Summary, evaluation.Samples], tmp_path: Path
 ) -> None:

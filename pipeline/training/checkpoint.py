@@ -42,13 +42,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk; not `evaluated` where the step's evaluation is still due."""
 
     path: Path
     step: int
     world_size: int
     score: float | None
     states: tuple[str, ...]
+    evaluated: bool = True
 
     def load(self, name: str) -> dict[str, Any]:
         """The state saved under this name: nested, tensors on the CPU."""
@@ -71,7 +72,13 @@ class CheckpointStore:
         self.record = record
 
     def save(
-        self, step: int, states: Mapping[str, State], own: State, score: float | None = None
+        self,
+        step: int,
+        states: Mapping[str, State],
+        own: State,
+        score: float | None = None,
+        *,
+        evaluated: bool = True,
     ) -> Checkpoint:
         """Write a checkpoint; every rank calls this with the same step.
 
@@ -79,6 +86,7 @@ class CheckpointStore:
             states: name -> state that all ranks share; rank 0 writes them.
             own: state of this rank alone, saved as `rank-<rank>`.
             score: of the evaluation at this step, higher is better; the best is never pruned.
+            evaluated: whether there is no evaluation to come at this step; see `grade`.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; what was there before is
@@ -100,6 +108,7 @@ class CheckpointStore:
             "step": step,
             "world_size": self.world.world_size,
             "score": score,
+            "evaluated": evaluated,
             "files": dict(sorted(files.items())),
         }
         final = self.folder / name
@@ -112,6 +121,24 @@ class CheckpointStore:
             self._record(step)
             self._prune()
         return _checkpoint(final, manifest)
+
+    def grade(self, step: int, score: float | None) -> None:
+        """Add the score of the evaluation, if it has one, to the checkpoint saved before it.
+
+        Every rank calls this. Raises CheckpointError on all of them where it cannot be written; the
+        checkpoint is then as it was.
+        """
+        path = self.folder / f"step-{step:09d}" / MANIFEST
+        failure = None
+        if self.world.is_main:
+            _, failure = _attempt(lambda: _grade(path, score))
+        if failure := self.world.broadcast(failure):
+            raise CheckpointError(
+                f"cannot write the score of {path.parent}: {failure}: free disk space or repair "
+                "the folder; a run that is resumed from it evaluates again"
+            )
+        if self.world.is_main:
+            self._prune()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there never was one.
@@ -310,11 +337,21 @@ def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    whole = {**manifest, "sha256": _own_hash(manifest)}
-    write_atomically(partial / MANIFEST, json.dumps(whole, indent=1).encode())
+    _write_manifest(partial / MANIFEST, manifest)
     assert not final.exists(), final
     partial.rename(final)
     sync(final.parent)
+
+
+def _grade(path: Path, score: float | None) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    _write_manifest(path, manifest | {"score": score, "evaluated": True})
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    whole = {**manifest, "sha256": _own_hash(manifest)}
+    write_atomically(path, json.dumps(whole, indent=1).encode())
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
@@ -348,7 +385,14 @@ def _rank(checkpoint: Checkpoint) -> tuple[float, int]:
 
 def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     states = tuple(name.removesuffix(SUFFIX) for name in manifest["files"])
-    return Checkpoint(path, manifest["step"], manifest["world_size"], manifest["score"], states)
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        world_size=manifest["world_size"],
+        score=manifest["score"],
+        states=states,
+        evaluated=manifest.get("evaluated", True),  # once it was always saved after
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -152,7 +152,7 @@ def _build(
             noise=Noise.of(config),
         ),
         store=store,
-        evaluate=_Evaluation(planned, directory, world, model, average, display),
+        evaluate=_Evaluation(planned, directory, world, model, average, display, stop_requested),
         sink=tracker,
         shared={"tracker": tracker},
         identity=identity(config, planned.manifest),
@@ -172,7 +172,7 @@ class _Evaluation:
     """The evaluation after an epoch: of the averaged weights where there are any.
 
     A cost-adjustable network is evaluated at each of its numbers of steps; the metrics that have no
-    number of steps in their name are those of the largest.
+    number of steps in their name are those of the largest. Raises EvaluationStopped.
     """
 
     def __init__(
@@ -183,7 +183,9 @@ class _Evaluation:
         model: Network,
         average: WeightAverage | None,
         display: Display,
+        stop_requested: Callable[[], bool],
     ) -> None:
+        self.stop_requested: Callable[[], bool] | None = stop_requested
         self.planned = planned
         self.directory = directory
         self.world = world
@@ -193,9 +195,10 @@ class _Evaluation:
         self.loader = open_evaluation(planned.config, planned.manifest, world)
 
     def of(self, model: Network, directory: RunDirectory) -> _Evaluation:
-        """The same evaluation of another network, kept in another directory."""
+        """The same evaluation of another network, kept in another directory, to its end."""
         other = copy.copy(self)
         other.model, other.average, other.directory = model, None, directory
+        other.stop_requested = None
         return other
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -215,6 +218,7 @@ class _Evaluation:
                     DTYPES[config.train.precision],
                     task=tasks.of(config),
                     steps=steps,
+                    stop_requested=self.stop_requested,
                 )
             if self.world.is_main:
                 fewer = None if steps == model.steps_taken(None) else steps

@@ -20,6 +20,7 @@ from pipeline import tasks
 from pipeline.config import Config
 from pipeline.data import Batch, Loader
 from pipeline.distributed import World
+from pipeline.evaluate import EvaluationStopped
 from pipeline.models import Network, Output
 from pipeline.training import phases, relaxation, statistics, steps
 from pipeline.training.average import WeightAverage
@@ -46,6 +47,7 @@ class Verdict(NamedTuple):
     stop: bool = False
     late: bool = False  # rank 0's clock asks for a checkpoint
     over: bool = False  # the phase ends here
+    enough: bool = False  # these are the steps that were asked for
 
 
 class NonFiniteLoss(RuntimeError):
@@ -71,7 +73,8 @@ class Progress:
     """How far training is; `keys_digest` chains the hash of this rank's ordered sample keys.
 
     `phase` counts from 0 and is the number of phases once all are done; `phase_start` is the step
-    that it began at.
+    that it began at. `over` in a checkpoint: this is the last step of the phase, which ends after
+    its evaluation.
     """
 
     epoch: int = 0
@@ -80,6 +83,7 @@ class Progress:
     keys_digest: str = ""
     phase: int = 0
     phase_start: int = 0
+    over: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +104,8 @@ class Trainer:
     Args:
         build_engine: called with the configuration of a phase and its steps, when it begins.
         evaluate: called with the step, on all ranks, after an epoch or a phase; of its metrics, the
-            task's score decides which checkpoint of the last phase is the best.
+            task's score decides which checkpoint of the last phase is the best. It may raise
+            EvaluationStopped on all ranks, and is then called again when the run is resumed.
         shared: further parts of the state that are the same on all ranks.
         identity: what a checkpoint must agree on to be resumed here.
         stop_requested: asked at each step; one rank's wish stops all after the step.
@@ -152,6 +157,7 @@ class Trainer:
         self.lengths = [phases.most_steps(p, self.steps_per_epoch) for p in config.all_phases]
         self._begin_phase()
         self.relaxation = relaxation.of(config, model, sum(self.lengths))
+        self._due = False  # the evaluation at this step, which comes before the next
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._window = Window()
@@ -165,26 +171,31 @@ class Trainer:
             CheckpointError: the last checkpoint could not be written.
         """
         progress = self.progress
+        if self._due or progress.over:
+            left = Verdict(over=progress.over)
+            if self._settle(left, evaluate=self._due):
+                return Outcome.INTERRUPTED
         while not self.finished:
-            verdict = Verdict()
+            stopped = False
             for batch in self.loader:
                 verdict = self._micro_step(batch)
                 if not self.engine.updated:
                     continue
                 progress.step += 1
-                stop = verdict.stop or (stop_after is not None and progress.step >= stop_after)
-                verdict = verdict._replace(stop=stop, over=self._phase_over())
+                enough = stop_after is not None and progress.step >= stop_after
+                verdict = verdict._replace(enough=enough, over=self._phase_over())
                 self._after_update(verdict)
                 if progress.step % self.steps_per_epoch == 0:
                     continue  # the epoch's last: what is due is done once the loader has ended it
-                self._settle(verdict, evaluate=verdict.over)
-                if stop or self.finished:
+                stopped = self._settle(verdict, evaluate=verdict.over)
+                if stopped or self.finished:
                     break
             else:
                 progress.epoch += 1
                 every = self.config.train.evaluate_every
-                self._settle(verdict, evaluate=verdict.over or progress.epoch % every == 0)
-            if verdict.stop and not self.finished:
+                due = verdict.over or progress.epoch % every == 0
+                stopped = self._settle(verdict, evaluate=due)
+            if stopped and not self.finished:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
 
@@ -313,24 +324,57 @@ class Trainer:
 
     # -- epochs and checkpoints ----------------------------------------------------------------
 
-    def _settle(self, verdict: Verdict, *, evaluate: bool) -> None:
-        """At a step's end: evaluate if asked, go on to the next phase if it is time, and save if
-        there is a reason.
+    def _settle(self, verdict: Verdict, *, evaluate: bool) -> bool:
+        """At a step's end: save if there is a reason, evaluate if asked, go on to the next phase if
+        it is time. Whether training stops here.
+
+        What has another reason than the evaluation's score is saved before it, and says that it is
+        still to come: a kill or a stop in the middle of it costs no step.
         """
-        score = None
+        progress, score = self.progress, None
+        last = progress.phase == len(self.lengths) - 1
+        must = verdict.stop or verdict.enough or (verdict.over and last)
         if evaluate:
-            with self.statistics.averaged(self.world):
-                metrics = self.evaluate(self.progress.step)
-            self.sink.metrics(metrics, self.progress.step)
+            self._due, progress.over = True, verdict.over
+            if must or self._checkpoint_due(verdict):
+                self._save(must=must)
+            metrics = None if verdict.stop else self._evaluated()
+            if metrics is None:
+                self._save(must=True)
+                log.info("the evaluation at step %d is left to the resumed run", progress.step)
+                return True
             found = metrics[self.task.score]
-            if math.isfinite(found) and self.progress.phase == len(self.lengths) - 1:
-                score = found  # other weights, and those of earlier phases, are never the best
-            self._window = Window()  # the time of the evaluation is not training's
+            # Other weights, and those of earlier phases, are never the best.
+            score = found if math.isfinite(found) and last else None
+        self._due = progress.over = False
+        graded = evaluate and self._saved_step == progress.step
+        if graded:
+            self._grade(score, must=must)
         if verdict.over:
             self._end_phase()
-        must = self.finished or verdict.stop
-        if must or self._is_best(score) or self._checkpoint_due(verdict):
+        if not graded and (must or self._is_best(score) or self._checkpoint_due(verdict)):
             self._save(must=must, score=score)
+        return verdict.stop or verdict.enough
+
+    def _evaluated(self) -> dict[str, float] | None:
+        """The metrics, given to the sink, too; None where a rank was asked to stop meanwhile."""
+        try:
+            with self.statistics.averaged(self.world):
+                metrics = self.evaluate(self.progress.step)
+        except EvaluationStopped:
+            return None
+        self.sink.metrics(metrics, self.progress.step)
+        self._window = Window()  # the time of the evaluation is not training's
+        return metrics
+
+    def _grade(self, score: float | None, must: bool) -> None:
+        """Tell the checkpoint of this step how good it is; without a last one there is no best."""
+        try:
+            self.store.grade(self.progress.step, score)
+        except CheckpointError as error:
+            if must:
+                raise
+            log.error("%s. Training goes on", error)
 
     def _is_best(self, score: float | None) -> bool:
         """Rank 0's answer on all ranks: the others may see the folder in another state."""
@@ -351,7 +395,13 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._refuse_bad_weights()
         try:
-            self.store.save(self.progress.step, self._shared_states(), self._own_states(), score)
+            self.store.save(
+                self.progress.step,
+                self._shared_states(),
+                self._own_states(),
+                score,
+                evaluated=not self._due,
+            )
         except CheckpointError as error:
             if must:
                 raise
@@ -410,4 +460,5 @@ class Trainer:
             self._begin_phase()
         for name, part in self.shared.items():
             part.load_state_dict(checkpoint.load(name))
+        self._due = not checkpoint.evaluated
         self._saved_step = self.progress.step

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.cli import main
-from pipeline.training import checkpoint
+from pipeline import evaluate as evaluation
+from pipeline.training import checkpoint, run
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.trainer import Trainer, Verdict
 
@@ -73,18 +74,52 @@ def stop_thrice(step: int) -> None:
             _send(signal.SIGUSR2)
             _send(signal.SIGUSR2)
 
-    def again(self: CheckpointStore, at: int, *arguments: Any) -> Any:
+    def again(self: CheckpointStore, at: int, *arguments: Any, **options: Any) -> Any:
         if at > step:
             _send(signal.SIGUSR2)
-        return save(self, at, *arguments)
+        return save(self, at, *arguments, **options)
 
     Trainer._after_update = asked  # type: ignore[method-assign]
     CheckpointStore.save = again  # type: ignore[method-assign]
 
 
+def _in_evaluation(step: int, strike: Callable[[], None]) -> None:
+    """Strike after the first batch of the evaluation at this step."""
+    evaluate, count, at = run._Evaluation.__call__, evaluation._Pace.count, [0]
+
+    def begun(self: Any, now: int) -> Any:
+        at[0] = now
+        return evaluate(self, now)
+
+    def counted(self: Any, images: int) -> None:
+        count(self, images)
+        if at[0] == step and len(self._moments) == 2:
+            strike()
+
+    run._Evaluation.__call__ = begun  # type: ignore[method-assign]
+    evaluation._Pace.count = counted  # type: ignore[method-assign]
+
+
+def kill_in_evaluation(step: int) -> None:
+    """kill -9 in the evaluation at this step."""
+    _in_evaluation(step, lambda: _send(signal.SIGKILL))
+
+
+def stop_in_evaluation(step: int) -> None:
+    """SIGUSR2 in the evaluation at this step."""
+    _in_evaluation(step, lambda: _send(signal.SIGUSR2))
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     fault.__name__: fault
-    for fault in (kill_in_step, kill_before_own_state, kill_before_publishing, stop_thrice)
+    for fault in (
+        kill_in_step,
+        kill_before_own_state,
+        kill_before_publishing,
+        kill_in_evaluation,
+        stop_in_evaluation,
+        stop_thrice,
+    )
 }
 
 if __name__ == "__main__":

@@ -68,6 +68,36 @@ def test_none_before_the_first(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none", World(), 2).newest() is None
 
 
+def test_a_score_comes_later(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, World(), keep_last=1)
+    for step, score in ((1, 0.5), (2, 0.4), (3, 0.6)):
+        store.save(step, states(step), {"progress": {}}, evaluated=False)
+        waiting = find(tmp_path)
+        assert (waiting.step, waiting.score, waiting.evaluated) == (step, None, False)
+        store.grade(step, score)
+        graded = newest(store)
+        assert (graded.step, graded.score, graded.evaluated) == (step, score, True)
+        best = store.best()
+        assert best is not None
+        assert best.step == (3 if step == 3 else 1)
+        assert len(list(tmp_path.glob("step-*"))) == (2 if step == 2 else 1)
+
+
+def test_a_score_that_cannot_be_written_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = saved(tmp_path, 5)
+    before = find(tmp_path)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.training.checkpoint.write_atomically", full)
+    with pytest.raises(CheckpointError, match=r"cannot write the score of .*No space left"):
+        store.grade(5, 0.5)
+    assert newest(store) == before
+
+
 def recorded(folder: Path) -> CheckpointStore:
     return CheckpointStore(folder / "checkpoints", World(), 2, folder / "saved.json")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config
+from pipeline.tracking import history
+from pipeline.training.checkpoint import find
 from tests.conftest import ROOT
 from tests.training.conftest import Tiny, Trace, tiny, trace, train  # noqa: F401 - a fixture
 
@@ -85,6 +87,45 @@ def test_a_killed_rank_ends_the_others_and_costs_the_steps_since_the_checkpoint(
     )
     assert not list((run / "checkpoints").glob(".*"))
     assert trace(run) == whole
+
+
+@pytest.mark.parametrize(
+    ("fault", "step", "every", "said"),
+    [
+        ("stop_in_evaluation", 8, 100, "the evaluation at step 8 is left to the resumed run"),
+        ("stop_thrice", 7, 100, "the evaluation at step 8 is left to the resumed run"),
+        ("kill_in_evaluation", 8, 4, "saved checkpoint at step 8"),
+    ],
+)
+def test_a_stop_costs_the_evaluation_that_is_due_and_no_step(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    whole: Trace,
+    fault: str,
+    step: int,
+    every: int,
+    said: str,
+) -> None:
+    """Two of eight images a rank are evaluated when it comes; a kill finds what was due saved."""
+    config = tiny.config(
+        **{"train.evaluate_every": 1, "data.eval_batch_size": 2, "checkpoints.every_steps": every}
+    )
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(config.to_yaml())
+    done = strike(tmp_path, recipe, fault, 1, step)
+    assert done.returncode != 0
+    assert "bug of Reprise" not in done.stderr, done.stderr
+    assert said in (run / "logs/rank-0.log").read_text()
+    assert [at for at, _ in history(run)["eval/top1"]] == [4]
+    newest = find(run / "checkpoints")
+    assert (newest.step, newest.score, newest.evaluated) == (8, None, False)
+    assert train(config, run, nproc=2) == 0
+    assert f"resumed from {newest.path}" in (run / "logs/rank-0.log").read_text()
+    assert trace(run) == whole
+    assert [at for at, _ in history(run)["eval/top1"]] == [4, 8, 12]
+    scores = {found.step: found for found in (find(run / "checkpoints", at=n) for n in (8, 12))}
+    for at, value in history(run)["eval/top1"][1:]:
+        assert (scores[at].score, scores[at].evaluated) == (value, True)
 
 
 def test_signals_to_one_rank_in_a_step_and_in_its_save_stop_once(

@@ -1,6 +1,8 @@
 """Training in phases: what is frozen stays bit by bit, and a resumed run goes on as if it had not
 stopped."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import Manifest
+from jobs.errors import Exit
 from pipeline import configure
+from pipeline import evaluate as evaluation
 from pipeline.config import Config, ConfigError, Convergence
 from pipeline.distributed import World
 from pipeline.models import CellRoute, Output, Policy, create_model
@@ -18,6 +22,7 @@ from pipeline.models.scorers import Scorer
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import history
 from pipeline.training import checkpoint
+from pipeline.training import run as runs
 from pipeline.training.checkpoint import read_state
 from pipeline.training.phases import PolicyMovement
 from pipeline.training.plan import plan
@@ -120,6 +125,39 @@ def test_a_run_in_phases_resumes_at_any_step(
     assert train(config, tmp_path / "halves", stop_after=stop_after) == 0
     assert train(config, tmp_path / "halves") == 0
     assert trace(tmp_path / "halves") == trace(tmp_path / "whole")
+
+
+def test_a_stop_in_the_evaluation_that_ends_a_phase(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run evaluates what the phase made of the network before it begins the next."""
+    config, run = phased(tiny, **{"data.eval_batch_size": 4}), tmp_path / "run"
+    assert train(config, tmp_path / "whole") == 0
+    evaluate, count, at = runs._Evaluation.__call__, evaluation._Pace.count, [0]
+
+    def begun(self: Any, step: int) -> Any:
+        at.append(step)
+        return evaluate(self, step)
+
+    def counted(self: Any, images: int) -> None:
+        count(self, images)
+        if at[-1] == target:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(runs._Evaluation, "__call__", begun)
+    monkeypatch.setattr(evaluation._Pace, "count", counted)
+    for target in (3, 6, 9):
+        assert train(config, run) == Exit.INTERRUPTED
+        newest = checkpoint.find(run / "checkpoints")
+        assert (newest.step, newest.evaluated) == (target, False)
+    target = 0
+    assert train(config, run) == 0
+    assert trace(run) == trace(tmp_path / "whole")
+    assert at[1:] == [3, 3, 6, 6, 9, 9]
+    for name in ("eval/top1", "eval/loss", "train/loss", "phase"):
+        assert history(run)[name] == history(tmp_path / "whole")[name]
+    best = checkpoint.find(run / "checkpoints", best=True)
+    assert (best.step, best.score) == history(run)["eval/top1"][-1]
 
 
 def test_two_ranks_freeze_the_same_statistics(tiny: Tiny, tmp_path: Path) -> None:
