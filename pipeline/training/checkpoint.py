@@ -391,7 +391,7 @@ def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
         world_size=manifest["world_size"],
         score=manifest["score"],
         states=states,
-        evaluated=manifest.get("evaluated", True),  # once it was always saved after
+        evaluated=manifest["evaluated"],
     )
 
 
