@@ -88,8 +88,8 @@ class Job:
         reason = None
         if len(stops) == SAME_STOP:
             reason = (
-                f"stopped {SAME_STOP} times at step {step} before a new checkpoint: give a longer "
-                "time limit, or a partition whose jobs are not preempted"
+                f"stopped {SAME_STOP} times at step {step} before a new checkpoint: see `reprise "
+                "logs`; give a longer time limit, or a partition without preemption"
             )
         return replace(self, stops=stops, stopped=reason)
 

@@ -192,7 +192,9 @@ def test_a_job_that_is_always_stopped_before_a_step_is_given_up(
     assert job is not None
     assert job.failures == ()
     assert job.stops == (8,) * SAME_STOP
-    assert "stopped 5 times at step 8 before a new checkpoint: give a longer" in str(job.stopped)
+    assert "stopped 5 times at step 8 before a new checkpoint: see `reprise logs`" in str(
+        job.stopped
+    )
 
 
 def test_a_rank_leaves_how_it_ended_for_this_start(
