@@ -21,7 +21,7 @@ from data_prep.manifest import (
 if TYPE_CHECKING:
     from data_prep.estimate import Estimate
     from data_prep.inspection import Inspection
-    from pipeline.config import Config
+    from pipeline.config import Config, Schedule
     from pipeline.tasks import Summary
     from pipeline.training.plan import Plan, PlannedPhase
 
@@ -71,8 +71,8 @@ def plan(planned: Plan) -> str:
             f"images, {what})",
             f"{_length(planned)}, batch {train.batch_size}, "
             f"{train.precision}, ZeRO {train.zero_stage}, {config.optimizer.name}, "
-            f"{_schedule(config)}, seed {config.seed}",
-            *(_phase(each) for each in planned.phases if config.phases),
+            f"{_schedule(config.schedule, train.epochs)}, seed {config.seed}",
+            *(_phase(each, planned.steps_per_epoch) for each in planned.phases if config.phases),
             f"parameters: {cost.parameters:,}{trained}",
             f"multiply-adds per image: nominal {mega(cost.nominal)}, expected "
             f"{mega(cost.expected)}, maximal {mega(cost.maximal)}",
@@ -98,11 +98,15 @@ def _cut_unscaled(config: Config, manifest: Manifest) -> list[str]:
     ]
 
 
-def _schedule(config: Config) -> str:
-    schedule, epochs = config.schedule, config.train.epochs
+def _schedule(schedule: Schedule, epochs: float | None) -> str:
+    """A schedule, and what of it lies beyond so many epochs."""
+    never = []
     late = [f"{epoch:g}" for epoch in schedule.milestones if epochs and epoch >= epochs]
-    never = f" (milestones never reached: {', '.join(late)})" if late else ""
-    return f"{schedule.name} schedule{never}"
+    if late:
+        never.append(f"milestones never reached: {', '.join(late)}")
+    if epochs and schedule.warmup_epochs > epochs:
+        never.append(f"warm-up of {counted(schedule.warmup_epochs, 'epoch')} never ends")
+    return f"{schedule.name} schedule" + (f" ({'; '.join(never)})" if never else "")
 
 
 def _length(planned: Plan) -> str:
@@ -112,12 +116,13 @@ def _length(planned: Plan) -> str:
     return f"{counted(len(planned.phases), 'phase')}, epochs of {counted(steps, 'step')}"
 
 
-def _phase(planned: PlannedPhase) -> str:
+def _phase(planned: PlannedPhase, steps_per_epoch: int) -> str:
     phase, own = planned.phase, planned.config
     most = "at most " if phase.until else ""
     return (
         f"phase {phase.name}: {', '.join(phase.trains)} for {most}{planned.steps:,} steps, "
-        f"{own.optimizer.name}, {own.schedule.name} schedule, scorer {own.scorer.name}"
+        f"{own.optimizer.name}, {_schedule(own.schedule, planned.steps / steps_per_epoch)}, "
+        f"scorer {own.scorer.name}"
     )
 
 

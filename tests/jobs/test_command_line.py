@@ -166,6 +166,17 @@ def test_large_images_in_a_recipe_for_small_ones_are_remarked_on(reprise, recipe
     assert "note: crop=pad cuts 8 pixels out of images of 32 pixels and more, unscaled" in small
 
 
+def test_a_plan_says_what_of_a_schedule_is_never_reached(reprise, recipe: Path) -> None:
+    late = ["schedule={name: step, milestones: [0.5, 1, 2], warmup_epochs: 2}"]
+    planned = reprise("train", recipe, *late, "--dry-run").out
+    assert "(milestones never reached: 1, 2; warm-up of 2 epochs never ends)" in planned
+    phases = "phases=[{name: a, steps: 2, schedule: {warmup_epochs: 3}}, {name: b, epochs: 4}]"
+    planned = reprise("train", recipe, "train.epochs=null", phases, "--dry-run").out
+    first, second = (line for line in planned.splitlines() if re.match("phase [ab]:", line))
+    assert "constant schedule (warm-up of 3 epochs never ends), scorer" in first
+    assert "constant schedule, scorer" in second
+
+
 def test_a_run_keeps_its_configuration(reprise, finished: Path, recipe: Path) -> None:
     before = sorted(finished.rglob("*"))
     answer = reprise("train", finished, "seed=1")
