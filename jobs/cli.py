@@ -340,3 +340,7 @@ def _invoke() -> int:
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from jobs import cli, describe
 from jobs.errors import Exit, guarded
 from pipeline.models import list_models
 from pipeline.recipes import RECIPES
+from tests.conftest import ROOT
 from tests.data import shard_set
 from tests.jobs import command
 from tests.jobs.command import assert_untouched, ended, started, until
@@ -71,6 +72,12 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    module = [sys.executable, "-m", "jobs.cli", "models", "resnet20"]
+    listed = subprocess.run(module, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "resnet20" in listed.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
