@@ -165,6 +165,8 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(reprise, recipe: Path, tmp_
     _, separator, text = answer.out.partition("name: tiny\n")
     (tmp_path / "again.yaml").write_text(separator + text)
     assert reprise("train", "again.yaml", "--dry-run").out == answer.out
+    quiet = reprise("train", "again.yaml", "--dry-run", "--quiet")
+    assert quiet.out == separator + text  # a recipe's own file, as docs/phases.md has it
 
 
 def test_large_images_in_a_recipe_for_small_ones_are_remarked_on(reprise, recipe: Path) -> None:
