@@ -18,12 +18,13 @@ from data_prep import files
 from data_prep.manifest import Manifest
 from pipeline import evaluate as evaluation
 from pipeline.config import Augmentation
-from pipeline.data import eval_loader
+from pipeline.data import Batch, eval_loader
 from pipeline.distributed import World
-from pipeline.models import Network, create_model
+from pipeline.models import Network, Output, create_model
 from pipeline.models.cost import measure
 from pipeline.models.norms import BatchNorm
 from pipeline.models.routers import Gate
+from pipeline.tasks import task
 from tests.data import shard_set
 from tests.training.processes import on_ranks
 
@@ -59,6 +60,30 @@ def evaluated(manifest: Manifest, world: World) -> tuple[evaluation.Summary, eva
 @pytest.fixture(scope="module")
 def alone(manifest: Manifest) -> tuple[evaluation.Summary, evaluation.Samples]:
     return evaluated(manifest, World())
+
+
+@pytest.mark.parametrize(("classes", "top5"), [(5, None), (6, 5 / 6)])
+def test_the_best_five_count_where_there_are_more_classes(classes: int, top5: float | None) -> None:
+    logits = torch.arange(float(classes)).expand(classes, -1)  # the first class is never among five
+    keys = tuple(map(str, range(classes)))
+    batch = Batch(torch.zeros(classes, 3, 8, 8), torch.arange(classes), keys)
+    part = evaluation.CLASSIFICATION.results(Output(logits, ()), batch, 0)
+    execution = task.Summary(
+        split="test",
+        step=1,
+        samples=classes,
+        mean_steps=0.0,
+        maximal_steps=0,
+        steps_histogram=(classes,),
+        rates={},
+        multiply_adds=1.0,
+        nominal_multiply_adds=1,
+        images_per_second=1.0,
+    )
+    steps = np.zeros((classes, 0), np.int64)
+    summary, _ = evaluation.CLASSIFICATION.conclude([part], execution, np.array(keys), steps)
+    assert summary.top5 == (None if top5 is None else pytest.approx(top5))
+    assert ("top5" in summary.results) == ("top-5" in dict(summary.rows)) == (top5 is not None)
 
 
 def test_the_summary_by_definition(

@@ -63,7 +63,7 @@ def _loss(run: Run) -> Picture | None:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    picture = Picture("accuracy", "Top-1 and top-5 accuracy over the epochs.")
+    picture = Picture("accuracy", "Accuracy over the epochs.")
     return _results(run, picture, _ACCURACIES, "accuracy, %", factor=100)
 
 

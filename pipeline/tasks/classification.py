@@ -23,12 +23,13 @@ class Summary(task.Summary):
     """Accuracy and loss of one evaluation."""
 
     top1: float  # fraction, 0..1
-    top5: float
+    top5: float | None  # None of five classes or fewer, where it could be nothing but 1
     loss: float  # mean cross entropy, nats
 
     @property
     def results(self) -> dict[str, float]:
-        return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
+        five = {} if self.top5 is None else {"top5": self.top5}
+        return {"top1": self.top1, **five, "loss": self.loss}
 
     @property
     def headline(self) -> str:
@@ -36,11 +37,8 @@ class Summary(task.Summary):
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        return [
-            ("top-1", f"{100 * self.top1:.2f} %"),
-            ("top-5", f"{100 * self.top5:.2f} %"),
-            ("loss", f"{self.loss:.4f}"),
-        ]
+        five = [] if self.top5 is None else [("top-5", f"{100 * self.top5:.2f} %")]
+        return [("top-1", f"{100 * self.top1:.2f} %"), *five, ("loss", f"{self.loss:.4f}")]
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,11 @@ class Classification(Task):
     def results(self, output: Output, batch: Batch, before: int) -> dict[str, Any]:
         logits, labels = output.logits.float(), batch.labels
         ranked = logits.topk(min(5, logits.shape[1])).indices
+        in_top5 = (ranked == labels[:, None]).any(1).cpu().numpy()
         return {
+            **({"in_top5": in_top5} if logits.shape[1] > 5 else {}),
             "labels": labels.cpu().numpy(),
             "predictions": ranked[:, 0].cpu().numpy(),
-            "in_top5": (ranked == labels[:, None]).any(1).cpu().numpy(),
             "losses": F.cross_entropy(logits, labels, reduction="none").cpu().numpy(),
             "routes": _route_vectors(output),
             "components": output.components,
@@ -97,7 +96,7 @@ class Classification(Task):
         summary = Summary(
             **vars(execution),
             top1=float((predictions == labels).mean()),
-            top5=float(joined(parts, "in_top5").mean()),
+            top5=float(joined(parts, "in_top5").mean()) if "in_top5" in parts[0] else None,
             loss=float(losses.astype(np.float64).mean()),
         )
         routes, components = joined(parts, "routes"), np.array(parts[0]["components"], np.str_)

@@ -93,6 +93,10 @@ def test_headlines_are_those_of_the_evaluation(make_run, shards):
     assert "0.4321 loss" in text
     assert "30.00 M multiply-adds per image as executed, 75.0 % of nominal 40.00 M" in text
     assert "1.75 recursive steps per image of at most 4" in text
+    evaluate.save(folder, replace(summary, top5=None), samples)
+    text = Page(report.write(directory).read_text()).text
+    assert "81.25 % top-1 accuracy" in text
+    assert "top-5 accuracy" not in text
     # Three classes: seven outputs of 64 features and a bias fewer than the ten-class 179,198.
     assert f"{179_198 - 7 * (64 + 1):,} parameters" in text
 
