@@ -95,9 +95,10 @@ def test_the_page_shows_curve_and_numbers(make_run, shards):
     page = report.write(directory).read_text()
     assert 'id="costs"' in page
     assert page.count("cost-accuracy") > 0
-    rows = re.findall(r"<tr><td>first</td><td>(\d)</td><td>([\d.]+) %</td>", page)
+    rows = re.findall(r"<tr><td>first</td><td>(\d)</td><td>([\d.]+)\s%</td>", page)
     assert rows == [("2", "72.00"), ("3", "76.00"), ("4", "80.00")]
-    assert "80.00 %" in page.split('id="accuracy"')[0], "the headline is of the largest number"
+    headline = page.split('id="accuracy"')[0]
+    assert "80.00\N{NO-BREAK SPACE}%" in headline, "it is of the largest number of steps"
     beside = adjustable(make_run, shards, "exits", "rc_early_exit")
     both = report.write(directory, [beside]).read_text()
     assert len(re.findall(r"<tr><td>exits</td>", both)) == 3
