@@ -42,7 +42,11 @@ def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
     if path.suffix in (".yaml", ".yml"):
         return configure.read(path, overrides)
     close = difflib.get_close_matches(name_or_file, RECIPES, n=1, cutoff=0.4)
+    of_a_depth = name_or_file.rstrip("0123456789")
+    family = [name for name in RECIPES if name.rstrip("0123456789") == of_a_depth != name_or_file]
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if len(family) > 1:  # which of them is meant, no likeness of letters says
+        hint = f"did you mean one of {', '.join(map(repr, sorted(family)))}? "
     raise ConfigError(
         f"{name_or_file!r} is neither a recipe, a YAML file nor a run: {hint}"
         "`reprise recipes` lists the recipes"

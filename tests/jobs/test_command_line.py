@@ -95,6 +95,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "kind": (["prep", "digts", "--out", "x"], ["'digts'", "'digits'"]),
     "no ranks": (["train", "RECIPE", "--nproc", "0"], ["--nproc", "x>=1"]),
     "recipe": (["train", "drnn/digits/dr_resnet61"], ["did you mean 'drnn/digits/dr_resnet16'"]),
+    "depth": (
+        ["train", "drnn/cifar10/dr_resnet17"],
+        ["did you mean one of 'drnn/cifar10/dr_resnet16', 'drnn/cifar10/dr_resnet32', 'drnn"],
+    ),
     "no shards": (["train", "drnn/digits/dr_resnet16"], ["data/digits", "reprise prep"]),
     "override": (["train", "RECIPE", "train.epoch=1"], ["did you mean 'train.epochs'"]),
     "model": (["train", "RECIPE", "model=resnet21"], ["unknown model 'resnet21'", "resnet20"]),
