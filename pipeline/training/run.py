@@ -23,12 +23,17 @@ from pipeline.tracking import Tracker
 from pipeline.tracking.tracker import Status
 from pipeline.training import checkpoint, compiling, consolidation, initial, schedules
 from pipeline.training.average import WeightAverage
-from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.engine import DTYPES, Engine, has_kernels
 from pipeline.training.optim import scaled
 from pipeline.training.plan import Plan, build_model, plan
 from pipeline.training.randomness import seed_everything
-from pipeline.training.restore import evaluated_weights, identity
+from pipeline.training.restore import (
+    check_config,
+    check_identity,
+    evaluated_weights,
+    identity,
+)
 from pipeline.training.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
@@ -86,10 +91,19 @@ def _run_owned(
     stop_requested: Callable[[], bool],
     stop_after: int | None,
 ) -> Outcome:
-    tracker = _tracker(planned.config, directory, world)
+    config = planned.config
+    store = CheckpointStore(
+        directory.checkpoints, world, config.checkpoints.keep_last, directory.newest_saved
+    )
+    newest = store.newest()
+    if newest:
+        # Before the tracker hears of a start: a refusal is no end of the run.
+        check_identity(newest, identity(config, planned.manifest))
+        check_config(newest, config)
+    tracker = _tracker(config, directory, world)
     status: Status = "FAILED"
     try:
-        trainer = _build(planned, directory, world, tracker, display, stop_requested)
+        trainer = _build(planned, directory, world, tracker, display, stop_requested, store, newest)
         with closing(trainer.loader):
             outcome = trainer.train(stop_after)
         if outcome is Outcome.FINISHED and not _is_consolidated(planned, trainer, directory):
@@ -109,6 +123,8 @@ def _build(
     tracker: Tracker | Untracked,
     display: Display,
     stop_requested: Callable[[], bool],
+    store: CheckpointStore,
+    newest: Checkpoint | None,
 ) -> Trainer:
     config = planned.config
     if world.is_main and world.device.type == "cpu" and not has_kernels(config.train.precision):
@@ -117,10 +133,6 @@ def _build(
             "train.precision=fp32 is faster here",
             config.train.precision,
         )
-    store = CheckpointStore(
-        directory.checkpoints, world, config.checkpoints.keep_last, directory.newest_saved
-    )
-    newest = store.newest()
     model = build_model(config, len(planned.manifest.classes))
     if newest is None and config.init_from:
         initial.start_from(config.init_from, model)

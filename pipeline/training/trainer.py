@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import Checkpoint, CheckpointError, Checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.metrics import Window
 from pipeline.training.randomness import RandomStates
-from pipeline.training.restore import check_config, check_identity, load_model
+from pipeline.training.restore import load_model
 
 log = logging.getLogger(__name__)
 
@@ -432,13 +432,11 @@ class Trainer:
         return {name: part.state_dict() for name, part in self.own.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where the checkpoint was saved.
+        """Continue where a checkpoint of this model and configuration was saved.
 
         Raises:
-            CheckpointError: it is of another class map, model or configuration.
+            CheckpointError: its tensors are of another network.
         """
-        check_identity(checkpoint, self.identity)
-        check_config(checkpoint, self.config)
         load_model(self.model, checkpoint.path, checkpoint.load("model"))
         if self.average:
             self.average.load_state_dict(checkpoint.load("average"))
