@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import re
 import sys
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 OURS = ("pipeline", "jobs", "data_prep")
 # Raised on every rank at once: rank 0 says it for all.
 _OF_ALL_RANKS = ("ConfigError", "CheckpointError", "NonFiniteLoss")
+# What a shared file system says while its server is away: another start may find it again.
+_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 # What gloo and NCCL say when the process at the other end is gone.
 _LOST = re.compile(r"by peer|connection (was )?(closed|reset|refused)|broken pipe|timed out", re.I)
 
@@ -23,6 +26,7 @@ class Exit(enum.IntEnum):
     USER_ERROR = 2
     NON_FINITE = 4
     BUG = 70
+    FILES_AWAY = 74
     RANK_LOST = 75
     INTERRUPTED = 130
 
@@ -41,6 +45,11 @@ def judged(work: Callable[[], int]) -> tuple[int, str]:
     except Exception as error:
         if type(error).__name__ == "NonFiniteLoss":
             return Exit.NON_FINITE, _say(error)
+        if isinstance(error, OSError) and error.errno in _AWAY:
+            return Exit.FILES_AWAY, _say(
+                f"{error}: the file system failed, perhaps for a moment; the same command resumes "
+                "the run"
+            )
         if is_for_user(error):
             return Exit.USER_ERROR, _say(error)
         if is_lost_rank(error):

@@ -115,6 +115,7 @@ def test_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (128 + 10, True, None),
         (128 + 9, True, None),
         (Exit.RANK_LOST, True, None),
+        (Exit.FILES_AWAY, True, None),
         (Exit.NON_FINITE, False, "status 4: the loss is not finite"),
         (Exit.USER_ERROR, False, "status 2: "),
     ],
