@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from pipeline.models import (
     reset,
     resnet,
 )
+from pipeline.models.names import nearest
 from pipeline.models.network import Network, Output, Role
 from pipeline.models.stage import CellRoute, Policy
 
@@ -88,13 +88,5 @@ def _builder(name: str) -> Callable[..., Network]:
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
-    family = [other for other in valid if _family(other) == _family(name) != name]
-    if family:  # which of them is meant, no likeness of letters says
-        return f": choose one of {', '.join(sorted(family, key=len))}"
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f": did you mean {close[0]!r}?" if close else f": choose one of {', '.join(valid)}"
-
-
-def _family(name: str) -> str:
-    """What the networks that differ in their depth alone have in common."""
-    return name.rstrip("0123456789")
+    close = nearest(name, valid)
+    return f": did you mean {close!r}?" if close else f": choose one of {', '.join(valid)}"

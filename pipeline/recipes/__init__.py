@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,12 +40,10 @@ def load(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
         return configure.read(path, overrides)
-    close = difflib.get_close_matches(name_or_file, RECIPES, n=1, cutoff=0.4)
-    of_a_depth = name_or_file.rstrip("0123456789")
-    family = [name for name in RECIPES if name.rstrip("0123456789") == of_a_depth != name_or_file]
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    if len(family) > 1:  # which of them is meant, no likeness of letters says
-        hint = f"did you mean one of {', '.join(map(repr, sorted(family)))}? "
+    from pipeline.models.names import nearest  # with torch, which the list of recipes can spare
+
+    close = nearest(name_or_file, RECIPES, cutoff=0.4)
+    hint = f"did you mean {close!r}? " if close else ""
     raise ConfigError(
         f"{name_or_file!r} is neither a recipe, a YAML file nor a run: {hint}"
         "`reprise recipes` lists the recipes"

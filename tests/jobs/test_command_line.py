@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "recipe": (["train", "drnn/digits/dr_resnet61"], ["did you mean 'drnn/digits/dr_resnet16'"]),
     "depth": (
         ["train", "drnn/cifar10/dr_resnet17"],
-        ["did you mean one of 'drnn/cifar10/dr_resnet16', 'drnn/cifar10/dr_resnet32', 'drnn"],
+        ["did you mean 'drnn/cifar10/dr_resnet16'? "],
     ),
     "no shards": (["train", "drnn/digits/dr_resnet16"], ["data/digits", "reprise prep"]),
     "override": (["train", "RECIPE", "train.epoch=1"], ["did you mean 'train.epochs'"]),
