@@ -38,10 +38,12 @@ def _reach(folder: Path) -> int:
 
     world = World.detect()
     world.start()
-    total = world.sum(torch.ones((), device=world.device))
-    names = sorted(set(world.gather(socket.gethostname())))
-    _check_locks(world, folder)
-    world.stop()
+    try:
+        total = world.sum(torch.ones((), device=world.device))
+        names = sorted(set(world.gather(socket.gethostname())))
+        _check_locks(world, folder)
+    finally:
+        world.stop()  # gloo's threads would end the process with a signal
     if world.is_main:
         backend = "NCCL" if world.device.type == "cuda" else "gloo"
         print(f"{world.world_size} ranks on {', '.join(names)} over {backend}")

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.distributed import CPU, PORTS, World, _host, _port
+from pipeline.distributed import PORTS, _host, _port
 from tests.conftest import ROOT
 from tests.jobs.command import PATIENCE, until
-from tests.jobs.launchers import REPRISE, TORCHRUN, end, start
+from tests.jobs.launchers import LAUNCHERS, REPRISE, TORCHRUN, end, start
 from tests.training.conftest import Trace, trace
 
 SRUN = ("srun", "--ntasks", "2", "--overcommit", "--kill-on-bad-exit=1")
@@ -125,31 +125,28 @@ def test_where_the_ranks_of_a_step_meet() -> None:
         _host(many)
 
 
-def test_an_address_that_is_given_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_is_given_is_not_looked_for() -> None:
     """The cure that the error names, as a job step of two ranks whose first node has no address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
     step = {"SLURM_STEP_NODELIST": "no-such-host-[3-4]", "SLURM_STEP_NUM_NODES": "2",
             "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "MASTER_PORT": str(port)}  # fmt: skip
-    for name, text in step.items():
-        monkeypatch.setenv(name, text)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")  # what `start` sets is gone after the test
-    world = World(0, 2, 0, CPU)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ValueError, match="export MASTER_ADDR"):
-        world.start()
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    # The other rank, which finds its own way here: a group of two can begin.
-    other = subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.distributed import CPU, World; "
-         "w = World(1, 2, 0, CPU); w.start(); w.gather('b')"], cwd=ROOT, env=os.environ,
-    )  # fmt: skip
-    try:
-        world.start()
-        assert world.gather("a") == ["a", "b"]
-    finally:
-        world.stop()
-        other.kill()
-        other.wait()
+
+    def rank(number: int, **given: str) -> "subprocess.Popen[str]":
+        code = (
+            "from pipeline.distributed import CPU, World\n"
+            f"world = World({number}, 2, 0, CPU); world.start()\n"
+            f"print(world.gather({number})); world.stop()"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=kept | step | given,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    said, _ = rank(0).communicate(timeout=PATIENCE)
+    assert "export MASTER_ADDR" in said
+    for process in [rank(number, MASTER_ADDR="127.0.0.1") for number in (0, 1)]:
+        said, _ = process.communicate(timeout=PATIENCE)
+        assert said.splitlines()[-1] == "[0, 1]"
