@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from jobs import cluster_cli, data_cli
 from jobs.errors import Exit, guarded
 from jobs.options import ANY_PATH, FOLDER, QUIET, RUN
 from pipeline.loading import end_quickly, loading
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -52,7 +56,6 @@ def train(
     stopping.note()
     with loading():
         from jobs import console, describe, record, tasks
-        from pipeline import recipes
         from pipeline.config import ConfigError
         from pipeline.distributed import World
         from pipeline.run_directory import RunDirectory
@@ -60,24 +63,7 @@ def train(
         from pipeline.training.plan import plan
 
     console.configure(quiet)
-    named = Path(recipe)
-    if recipe not in recipes.RECIPES and not RunDirectory(named).exists:
-        named = Path("runs") / recipe
-    if RunDirectory(named).exists:
-        if overrides or run_dir:
-            settings = " ".join(overrides)
-            raise ConfigError(
-                f"{named} is a run, and a run keeps its configuration: leave out "
-                f"{settings or '--run'} to go on with it, or begin another with "
-                f"`reprise train {named}/config.yaml {settings} --run NEW`, which "
-                f"init_from.path={named} lets start from its weights"
-            )
-        run_dir = named
-        config = RunDirectory(run_dir).read_config()
-    else:
-        config = recipes.load(recipe, overrides)
-    if run_dir is None:
-        run_dir = Path("runs") / f"{config.name.replace('/', '-')}-seed{config.seed}"
+    config, run_dir = _named(recipe, overrides, run_dir)
     world = World.detect()
     if nproc > 1 and world.world_size > 1:
         raise ConfigError(
@@ -102,6 +88,34 @@ def train(
         raise click.exceptions.Exit(code)
     if world.is_main and (stop_after is None or _has_finished(run_dir)):
         click.echo(describe.next_steps(run_dir))
+
+
+def _named(recipe: str, overrides: tuple[str, ...], run_dir: Path | None) -> tuple[Config, Path]:
+    """Configuration and run directory of a recipe, a file or an earlier run.
+
+    Raises:
+        ConfigError: it is none of them, or a run that is to have other settings.
+    """
+    from pipeline import recipes
+    from pipeline.config import ConfigError
+    from pipeline.run_directory import RunDirectory
+
+    run = Path(recipe)
+    if recipe not in recipes.RECIPES and not RunDirectory(run).exists:
+        run = Path("runs") / recipe
+    if not RunDirectory(run).exists:
+        config = recipes.load(recipe, overrides)
+        default = Path("runs") / f"{config.name.replace('/', '-')}-seed{config.seed}"
+        return config, run_dir or default
+    if overrides or run_dir:
+        settings = " ".join(overrides)
+        raise ConfigError(
+            f"{run} is a run, and a run keeps its configuration: leave out "
+            f"{settings or '--run'} to go on with it, or begin another with "
+            f"`reprise train {run}/config.yaml {settings} --run NEW`, which "
+            f"init_from.path={run} lets start from its weights"
+        )
+    return RunDirectory(run).read_config(), run
 
 
 def _has_finished(run: Path) -> bool:
