@@ -24,8 +24,8 @@ DROPOUT = 0.5
 class RCNN(Network):
     """A 5x5 convolution, twice a pooling and two recurrent layers, a global maximum, a classifier.
 
-    Liang & Hu, Fig. 2. Dropout follows every recurrent layer but the last (Sec. 3.2), and where a
-    pooling follows, the pooling. Both poolings are 3x3 maxima of stride 2.
+    Dropout follows every recurrent layer but the last, and where a pooling follows, the pooling.
+    Both poolings are 3x3 maxima of stride 2. The classifier starts small, as its inputs are large.
     """
 
     image_size = 32

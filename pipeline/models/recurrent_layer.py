@@ -1,4 +1,4 @@
-"""The recurrent convolutional layer of Liang and Hu (2015), Sec. 3.1."""
+"""The recurrent convolutional layer of Liang and Hu (2015)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ALPHA, BETA = 1e-3, 0.75  # of local response normalisation
 
 
 class RecurrentLayer(nn.Module):
-    """x_t = lrn(relu(W_f * u + W_r * x_{t-1} + b)), t = 0 .. recurrences, x_{-1} = 0: Eq. 1 to 3.
+    """x_t = lrn(relu(W_f * u + W_r * x_{t-1} + b)), t = 0 .. recurrences, x_{-1} = 0.
 
     Local response normalisation divides by (1 + alpha / n sum x^2)^beta, the sum over the
     n = channels / 8 + 1 nearest channels: it keeps the states from growing.
